@@ -1,0 +1,1 @@
+"""DeepSpeed learner actors: likelihood, advantage, policy loss, packing, weight publishing."""

@@ -1,0 +1,1 @@
+"""The driver: configuration, controller loop, staleness slots, run state, tracking, CLI."""

@@ -1,0 +1,1 @@
+"""Verifier actors: extraction, rules, math-verify in killable children, verdicts."""

@@ -1,0 +1,1 @@
+"""vLLM rollout actors: soft-token sampling, trajectories (Arrow) and weight loading."""
