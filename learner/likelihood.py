@@ -10,9 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Likelihood = Literal[
-    "reference", "gumbel", "concrete", "censored", "argmax", "gaussian", "dirichlet"
-]
+Likelihood = Literal["reference", "gumbel", "concrete", "censored", "argmax", "gaussian", "dirichlet"]
 
 
 def soft_log_density(

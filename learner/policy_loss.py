@@ -9,8 +9,6 @@ from torch import Tensor
 PolicyLoss = Literal["ppo", "sapo", "cispo", "gspo"]
 
 
-def policy_loss(
-    log_ratio: Tensor, advantage: Tensor, mask: Tensor, *, kind: PolicyLoss, **options: Any
-) -> Tensor:
+def policy_loss(log_ratio: Tensor, advantage: Tensor, mask: Tensor, *, kind: PolicyLoss, **options: Any) -> Tensor:
     """Per-position loss [T] from log_ratio [T], advantage [T] and mask [T] (aggregation is separate)."""
     raise NotImplementedError

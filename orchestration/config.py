@@ -167,9 +167,9 @@ class KLConfig(Section):
 class AlgorithmConfig(Section):
     """The objective."""
 
-    likelihood: Literal[
-        "reference", "gumbel", "concrete", "censored", "argmax", "gaussian", "dirichlet", "none"
-    ] = "censored"
+    likelihood: Literal["reference", "gumbel", "concrete", "censored", "argmax", "gaussian", "dirichlet", "none"] = (
+        "censored"
+    )
     """`none` leaves soft positions out of the loss (control)."""
     old_log_density: Literal["recompute", "behaviour"] = "recompute"
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -360,23 +360,15 @@ def _impossible_combinations(config: Config) -> list[str]:
             f"sampling.noise={sampling.noise} with algorithm.likelihood={algorithm.likelihood}: the likelihood is of "
             f"{wanted} noise; set noise: {wanted} or likelihood: {family if family != 'gumbel' else 'censored'}"
         )
-    if (
-        soft
-        and sampling.noise_clip is not None
-        and algorithm.likelihood not in ("reference", "argmax", "none")
-    ):
+    if soft and sampling.noise_clip is not None and algorithm.likelihood not in ("reference", "argmax", "none"):
         problems.append(
             f"sampling.noise_clip={list(sampling.noise_clip)} with algorithm.likelihood={algorithm.likelihood}: clipped "
             "noise has no such density; remove noise_clip (only likelihood: reference uses it)"
         )
     if sampling.noise_clip is not None and sampling.noise_clip[0] >= sampling.noise_clip[1]:
-        problems.append(
-            f"sampling.noise_clip={list(sampling.noise_clip)}: give [low, high] with low < high"
-        )
+        problems.append(f"sampling.noise_clip={list(sampling.noise_clip)}: give [low, high] with low < high")
     if soft and sampling.temperature == 0:
-        problems.append(
-            "sampling.temperature=0 with thinking: soft: training needs noise; set a positive temperature"
-        )
+        problems.append("sampling.temperature=0 with thinking: soft: training needs noise; set a positive temperature")
     if sampling.max_thinking_tokens and sampling.max_thinking_tokens >= sampling.max_new_tokens:
         problems.append(
             f"sampling.max_thinking_tokens={sampling.max_thinking_tokens} leaves no room for an answer in "
@@ -393,11 +385,7 @@ def _impossible_combinations(config: Config) -> list[str]:
             f"learner.world_size={config.learner.world_size} exceeds the {responses_per_mini_batch} responses of a "
             "mini-batch; lower world_size or mini_batches, or raise prompts_per_step"
         )
-    if (
-        config.rollout.num_gpus
-        and config.rollout.num_gpus < 1
-        and config.rollout.tensor_parallel_size > 1
-    ):
+    if config.rollout.num_gpus and config.rollout.num_gpus < 1 and config.rollout.tensor_parallel_size > 1:
         problems.append(
             f"rollout.num_gpus={config.rollout.num_gpus} with tensor_parallel_size="
             f"{config.rollout.tensor_parallel_size}: a fractional GPU cannot be tensor-parallel; set num_gpus to "
@@ -414,17 +402,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; give --config a YAML file (see configs/)"
-        ) from None
+        raise ConfigError(f"{path}: no such file; give --config a YAML file (see configs/)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path}: expected keys and values at the top level, found {type(tree).__name__}"
-        )
+        raise ConfigError(f"{path}: expected keys and values at the top level, found {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, str(path))
@@ -435,9 +419,7 @@ def parse_config(tree: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(
-            "\n".join(_describe(problem, source) for problem in error.errors())
-        ) from None
+        raise ConfigError("\n".join(_describe(problem, source) for problem in error.errors())) from None
 
 
 def dump_config(config: Config) -> str:

@@ -9,9 +9,7 @@ from typing import Literal
 
 def sample_seed(run_seed: int, prompt_id: str, visit: int, sample_index: int) -> int:
     """The int63 seed of one trajectory; a request that is dispatched again after a fault keeps it."""
-    digest = hashlib.blake2b(
-        f"{run_seed}\x1f{prompt_id}\x1f{visit}\x1f{sample_index}".encode(), digest_size=8
-    )
+    digest = hashlib.blake2b(f"{run_seed}\x1f{prompt_id}\x1f{visit}\x1f{sample_index}".encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "big") >> 1
 
 

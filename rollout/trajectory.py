@@ -115,9 +115,7 @@ def schema_for(max_candidates: int) -> pa.Schema:
 SCHEMA = schema_for(DEFAULT_MAX_CANDIDATES)
 
 
-def pack(
-    trajectories: Sequence[Trajectory], max_candidates: int = DEFAULT_MAX_CANDIDATES
-) -> pa.RecordBatch:
+def pack(trajectories: Sequence[Trajectory], max_candidates: int = DEFAULT_MAX_CANDIDATES) -> pa.RecordBatch:
     """Put trajectories into one record batch (one copy of every array).
 
     Raises `TrajectoryError` if an array's length or K does not fit its row.

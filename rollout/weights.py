@@ -52,8 +52,6 @@ def pack_weights(
     raise NotImplementedError
 
 
-def iterate_weights(
-    manifest: WeightManifest, shards: Sequence[np.ndarray]
-) -> Iterator[tuple[str, Tensor]]:
+def iterate_weights(manifest: WeightManifest, shards: Sequence[np.ndarray]) -> Iterator[tuple[str, Tensor]]:
     """Named CPU tensors as views of the shards. Raises `WeightError` if a length or checksum differs."""
     raise NotImplementedError

@@ -32,9 +32,7 @@ def allowed(folder: str, module: str) -> bool:
     return folder == "learner" and module in LEARNER_MAY_IMPORT
 
 
-@pytest.mark.parametrize(
-    "path", sorted(p for f in FOLDERS for p in (ROOT / f).rglob("*.py")), ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", sorted(p for f in FOLDERS for p in (ROOT / f).rglob("*.py")), ids=lambda p: p.name)
 def test_imports_go_down_only(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
     wrong = [name for name in imported_modules(path) if not allowed(folder, name)]

@@ -1,0 +1,108 @@
+"""Fixtures shared by all tests: a tiny model, a private Ray cluster, the optional shared folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    VLLM_NO_USAGE_STATS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Golden vectors, schemas and data that are not part of the product; tests that need them skip without."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("../shared is absent: golden vectors, schemas and benchmark questions cannot be read")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_ray_token(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Ray's token authentication on, with a token of our own: tests neither read nor leave one in the real home."""
+    token = tmp_path_factory.mktemp("ray-token") / "auth_token"
+    token.write_text("softgrpo-tests-" + os.urandom(16).hex(), encoding="utf-8")
+    saved = {key: os.environ.get(key) for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    yield
+    for key, value in saved.items():
+        if value is None:
+            os.environ.pop(key, None)
+        else:
+            os.environ[key] = value
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A private local Ray cluster with 8 logical CPUs for the whole session."""
+    import ray
+
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        object_store_memory=512 * 2**20,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": path}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random fp32 Llama-layout model (V=64, d=32, 2 layers, tied embeddings) with tokenizer and chat template."""
+    return build_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+def build_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Path:
+    """Write the model of `tiny_model_dir`; small weights, because soft feedback amplifies fp32 noise otherwise."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<eos>", "<think>", "</think>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *(f"w{i}" for i in range(64 - len(special)))])}
+    core = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config).to(torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.3 if "embed" in name or "lm_head" in name else 0.06)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
