@@ -1,0 +1,45 @@
+"""What can go wrong in a run, as the controller sees it: each class says who is told and what happens next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class RunError(RuntimeError):
+    """The run cannot go on: exit code 1, after a checkpoint where the learner still answers."""
+
+
+class DeadlineExceeded(RunError):
+    """A wait ended without what it waited for; the message names it and how long it lasted."""
+
+
+class PoolExhausted(RunError):
+    """A pool spent its restart budget."""
+
+
+class RunDirectoryBusy(RunError):
+    """Another driver holds the lease of this run directory."""
+
+
+class ActorLost(Exception):
+    """An actor died, hung or answered with a broken engine: it is replaced and its requests are dispatched again."""
+
+
+class GroupFailed(Exception):
+    """A group that no actor can generate or grade (bad input, not bad luck): it is failed with this reason."""
+
+
+class LearnerLost(Exception):
+    """A learner rank died or hung: the learner group is rebuilt from the last checkpoint."""
+
+
+async def within(awaitable: Awaitable[T], seconds: float, what: str) -> T:
+    """Await with a deadline. Raises `DeadlineExceeded` that says what was waited for and how long."""
+    try:
+        return await asyncio.wait_for(awaitable, seconds)
+    except TimeoutError:
+        raise DeadlineExceeded(f"waited {seconds:.0f} s for {what}") from None

@@ -1,0 +1,305 @@
+"""Pools of Ray actors that may die at any time: pick a member, call it with a deadline, replace it when it is lost.
+
+A lost member costs its own calls (`ActorLost`; the controller dispatches them again) and one restart of the budget.
+Members are not restarted by Ray: a new one starts from the checkpoint, fetches the newest weights, and only then serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from orchestration.failures import ActorLost, DeadlineExceeded, GroupFailed, PoolExhausted, within
+from rollout.request import GroupSummary, RolloutRequest
+
+if TYPE_CHECKING:
+    from learner.group import PublishedWeights
+    from reward.verdict import Grade
+
+logger = logging.getLogger(__name__)
+
+PING_EVERY_S = 5.0
+PING_DEADLINE_S = 60.0
+RESTART_PAUSE_S = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One actor of a pool; a replacement is a new member with the same index."""
+
+    index: int
+    actor: Any
+    version: int = 0
+    """Policy version that it serves (rollout members)."""
+    in_flight: int = 0
+    """Requests dispatched to it and not answered."""
+    ready: bool = False
+    progress: int = -1
+    """Work counter of its last ping."""
+    progressed_at: float = field(default_factory=time.monotonic)
+
+
+class ActorPool:
+    """`size` actors of one kind, each created by `create(index)`."""
+
+    name = "pool"
+
+    def __init__(
+        self, create: Callable[[int], Any], size: int, *, startup_timeout_s: float, hang_timeout_s: float, restarts: int
+    ) -> None:
+        self._create = create
+        self._startup_timeout_s = startup_timeout_s
+        self._hang_timeout_s = hang_timeout_s
+        self._restarts_left = restarts
+        self.members = [Member(index, create(index)) for index in range(size)]
+        self.counts: Counter[str] = Counter()
+        """restarts, lost/<cause>"""
+        self.changed = asyncio.Event()
+        """Set whenever a member becomes ready, free or newer; whoever waits clears it."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._fatal: BaseException | None = None
+
+    async def start(self) -> None:
+        """Wait until every member answers, then watch them."""
+        await asyncio.gather(*(self._bring_up(member) for member in self.members))
+        self._spawn(self._watch(), "watch")
+
+    def raise_if_broken(self) -> None:
+        """Re-raise what a background task of the pool died of (`PoolExhausted` above all)."""
+        if self._fatal is not None:
+            raise self._fatal
+
+    def kill(self) -> None:
+        """End every actor and background task."""
+        for task in self._tasks:
+            task.cancel()
+        for member in self.members:
+            ray.kill(member.actor)
+
+    def least_loaded(self, accept: Callable[[Member], bool] = lambda member: True) -> Member | None:
+        """The ready member with the fewest requests among those accepted."""
+        candidates = [member for member in self.members if member.ready and accept(member)]
+        return min(candidates, key=lambda member: (member.in_flight, member.index), default=None)
+
+    async def call(self, member: Member, refs: Sequence[Any], deadline_s: float, what: str) -> list[Any]:
+        """Await all refs of one actor call. Raises `ActorLost` (and replaces the member) or `GroupFailed`."""
+        try:
+            return await within(asyncio.gather(*refs), deadline_s, what)
+        except RayTaskError as error:
+            if isinstance(error, ValueError):
+                raise GroupFailed(f"{what}: {error.cause}") from error
+            self.lose(member, f"{what}: {type(error.cause).__name__}: {error.cause}", "error")
+        except (RayActorError, ObjectLostError) as error:
+            self.lose(member, f"{what}: {type(error).__name__}", "died")
+        except DeadlineExceeded as error:
+            self.lose(member, str(error), "deadline")
+        raise ActorLost(what)
+
+    def lose(self, member: Member, reason: str, cause: str) -> None:
+        """Take a member out, kill what is left of it and start a replacement (once, however many calls notice)."""
+        if self.members[member.index] is not member or self._fatal is not None:
+            return
+        logger.warning("%s actor %d lost: %s", self.name, member.index, reason)
+        self.counts[f"lost/{cause}"] += 1
+        member.ready = False
+        ray.kill(member.actor)
+        if self._restarts_left == 0:
+            self._fatal = PoolExhausted(
+                f"{self.name} actor {member.index} was lost ({reason}) and the restart budget is spent; "
+                "raise pipeline.max_restarts, or look at the actor's log for the cause"
+            )
+            self.changed.set()
+            return
+        self._restarts_left -= 1
+        self.counts["restarts"] += 1
+        replacement = Member(member.index, self._create(member.index))
+        self.members[member.index] = replacement
+        self._spawn(self._replace(replacement), f"replace {member.index}")
+
+    async def _replace(self, member: Member) -> None:
+        await asyncio.sleep(RESTART_PAUSE_S)
+        try:
+            await self._bring_up(member)
+        except (RayActorError, RayTaskError, DeadlineExceeded) as error:
+            self.lose(member, f"start-up: {error}", "start")
+
+    async def _bring_up(self, member: Member) -> None:
+        what = f"{self.name} actor {member.index} to start (is the cluster large enough for it?)"
+        await within(member.actor.ready.remote(), self._startup_timeout_s, what)
+        await self._prepare(member)
+        member.progressed_at = time.monotonic()
+        member.ready = True
+        self.changed.set()
+
+    async def _prepare(self, member: Member) -> None:
+        """What a new member needs before it serves."""
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(PING_EVERY_S)
+            await asyncio.gather(*(self._ping(member) for member in list(self.members) if member.ready))
+
+    async def _ping(self, member: Member) -> None:
+        try:
+            stats = await within(member.actor.stats.remote(), PING_DEADLINE_S, f"a ping of {self.name} {member.index}")
+        except (RayActorError, RayTaskError, DeadlineExceeded) as error:
+            self.lose(member, str(error).splitlines()[0], "ping")
+            return
+        now, progress = time.monotonic(), stats["progress"]
+        if progress != member.progress or member.in_flight == 0:
+            member.progress, member.progressed_at = progress, now
+        elif now - member.progressed_at > self._hang_timeout_s:
+            idle = now - member.progressed_at
+            self.lose(member, f"{member.in_flight} requests in flight and no progress for {idle:.0f} s", "hang")
+
+    def _spawn(self, work: Any, what: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=f"{self.name}: {what}")
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and self._fatal is None:
+            self._fatal = task.exception()
+            self.changed.set()
+
+
+class RolloutPool(ActorPool):
+    """vLLM actors; each serves the newest version that it has fetched."""
+
+    name = "rollout"
+
+    def __init__(
+        self,
+        create: Callable[[int], Any],
+        size: int,
+        *,
+        request_timeout_s: float,
+        sync_timeout_s: float,
+        max_in_flight: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(create, size, **options)
+        self._request_timeout_s = request_timeout_s
+        self._sync_timeout_s = sync_timeout_s
+        self._max_in_flight = max_in_flight
+        self._newest: PublishedWeights | None = None
+        self._syncing: set[Member] = set()
+        self.sync_reports: list[dict[str, float]] = []
+        """Since the controller last took them."""
+
+    def pick(self, accepts_version: Callable[[int], bool]) -> Member | None:
+        """A member with room for a group whose version is acceptable."""
+        return self.least_loaded(
+            lambda member: member.in_flight < self._max_in_flight and accepts_version(member.version)
+        )
+
+    async def generate(self, member: Member, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
+        """Generate one group on one member; the batch stays in the object store, its reference comes back."""
+        member.in_flight += len(requests)
+        try:
+            batch, summary = member.actor.generate.options(num_returns=2).remote(list(requests))
+            (result,) = await self.call(
+                member, [summary], self._request_timeout_s, f"group {requests[0].group_id} on rollout {member.index}"
+            )
+            return batch, result
+        finally:
+            member.in_flight -= len(requests)
+            self.changed.set()
+
+    async def respond(self, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
+        """Generate one group on whichever member serves the newest version, again where one is lost."""
+        while True:
+            self.raise_if_broken()
+            newest = max((member.version for member in self.members if member.ready), default=0)
+            member = self.pick(lambda version, newest=newest: version >= newest)
+            if member is None:
+                await self._wait_for_change()
+                continue
+            try:
+                return await self.generate(member, requests)
+            except ActorLost:
+                continue
+
+    def publish(self, weights: PublishedWeights) -> None:
+        """Let every member fetch this version while it goes on generating; slow ones skip versions."""
+        self._newest = weights
+        for member in self.members:
+            if member.ready and member not in self._syncing:
+                self._spawn(self._sync(member), f"sync {member.index}")
+
+    async def synchronised(self) -> None:
+        """Wait until every ready member serves the newest version."""
+        while self._newest is not None and any(
+            member.version < self._newest.manifest.version for member in self.members if member.ready
+        ):
+            self.raise_if_broken()
+            await self._wait_for_change()
+
+    async def _wait_for_change(self) -> None:
+        self.changed.clear()
+        await within(self.changed.wait(), self._request_timeout_s, "a rollout actor that is free and up to date")
+
+    async def _prepare(self, member: Member) -> None:
+        await self._sync(member)
+
+    async def _sync(self, member: Member) -> None:
+        self._syncing.add(member)
+        try:
+            while self._newest is not None and member.version < self._newest.manifest.version:
+                weights = self._newest
+                ref = member.actor.update_weights.remote(weights.manifest, list(weights.shards))
+                what = f"weights {weights.manifest.version} to reach rollout actor {member.index}"
+                (report,) = await self.call(member, [ref], self._sync_timeout_s, what)
+                self.sync_reports.append(report)
+                member.version = weights.manifest.version
+                self.changed.set()
+        except ActorLost:
+            return
+        finally:
+            self._syncing.discard(member)
+
+
+class VerifierPool(ActorPool):
+    """Verifier actors; each grades one group at a time."""
+
+    name = "verifier"
+    ATTEMPTS = 3
+
+    def __init__(self, create: Callable[[int], Any], size: int, *, group_timeout_s: float, **options: Any) -> None:
+        super().__init__(create, size, **options)
+        self._group_timeout_s = group_timeout_s
+
+    async def score(self, batch: Any, gold: str | dict[str, Any], rule: str) -> list[Grade]:
+        """Grade every row of a batch. Raises `GroupFailed` when no member could within three attempts."""
+        for _ in range(self.ATTEMPTS):
+            member = await self._free_member()
+            member.in_flight += 1
+            try:
+                ref = member.actor.score.remote(batch, gold, rule)
+                (grades,) = await self.call(
+                    member, [ref], self._group_timeout_s, f"grades from verifier {member.index}"
+                )
+                return grades
+            except ActorLost:
+                continue
+            finally:
+                member.in_flight -= 1
+                self.changed.set()
+        raise GroupFailed(f"verifier lost {self.ATTEMPTS} times on the same group")
+
+    async def _free_member(self) -> Member:
+        while True:
+            self.raise_if_broken()
+            if member := self.least_loaded(lambda member: member.in_flight == 0):
+                return member
+            self.changed.clear()
+            await within(self.changed.wait(), self._group_timeout_s * 10, "a free verifier actor")
