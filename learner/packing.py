@@ -1,0 +1,96 @@
+"""Packing: many variable-length responses in one forward pass, none attending to another.
+
+    lengths --plan_packs--> sequences per rank and pass --ReplayBatch--> rows [L] (flat, sequence after sequence)
+
+A sequence is never split, so sequence-level ratios and means are local to one pass. A response of T positions behind a
+prompt of P tokens takes P + T - 1 rows: the hidden state of row r scores the position whose input is row r + 1, and
+nothing is scored by the last position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ReplayBatch:
+    """One packed forward pass: B sequences in L rows, N scored positions of which S are soft, K candidates.
+
+    Scored positions are in row order; the soft ones among them (`kinds == Kind.SOFT`) have their candidates in the
+    `[S, K]` fields, in the same order. Prompt, forced and zero-advantage positions (unless the KL needs them) are not
+    scored: they only are input rows.
+    """
+
+    input_ids: Tensor
+    """[L] int64; the emitted token at soft rows (their embedding is replaced by the mixture)"""
+    position_ids: Tensor
+    """[L] int64, from 0 in every sequence"""
+    cu_seqlens: Tensor
+    """[B + 1] int32, first row of every sequence and L"""
+    mixture_rows: Tensor
+    """[M] int64 rows whose input is a soft token"""
+    mixture_ids: Tensor
+    """[M, K] int64"""
+    mixture_weights: Tensor
+    """[M, K] fp32 as executed by the engine"""
+
+    rows: Tensor
+    """[N] int64 rows whose hidden state scores a position"""
+    sequence: Tensor
+    """[N] int64 in [0, B): the sequence of the position"""
+    kinds: Tensor
+    """[N] uint8, `rollout.trajectory.Kind`: SOFT, ENDED or DISCRETE"""
+    ids: Tensor
+    """[N] int64 emitted tokens"""
+    temperature: Tensor
+    """[N] fp32 divisor of the logits"""
+    advantages: Tensor
+    """[N] fp32"""
+    weights: Tensor
+    """[N] fp32 aggregation weights of the whole mini-batch (`learner.aggregation`): loss = sum(weights * per_position)"""
+    behaviour_log_prob: Tensor
+    """[N] fp32 log-probability of the emitted token in the engine; unused at soft positions"""
+
+    candidate_ids: Tensor
+    """[S, K] int64"""
+    perturbed: Tensor
+    """[S, K] fp32 g"""
+    retained: Tensor
+    """[S, K] bool"""
+    threshold: Tensor
+    """[S] fp32 censoring threshold; NaN where the mixture was not censored"""
+    behaviour_logprobs: Tensor
+    """[S, K] fp32 of the engine, -inf where filtered out"""
+
+    old: ScoredLogits | None = None
+    """Scores under the policy before the update; None: the policy has not changed, or `old_log_density: behaviour`."""
+    reference: ScoredLogits | None = None
+    """Scores under the frozen reference policy; None without KL."""
+
+    def to(self, device: torch.device | str) -> ReplayBatch:
+        """The same batch on another device."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = value if value is None else value.to(device)
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class ScoredLogits:
+    """What a forward pass without gradient leaves behind for the same positions of a `ReplayBatch`."""
+
+    candidate_logits: Tensor
+    """[S, K] fp32, divided by the temperature"""
+    log_prob: Tensor
+    """[N] fp32 full-vocabulary log-probability of the emitted token at its temperature; 0 at soft positions"""
+    hidden: Tensor | None = None
+    """[N - S, d] hidden states of the other positions, kept only for the exact full-vocabulary KL"""
+
+    def to(self, device: torch.device | str) -> ScoredLogits:
+        """The same scores on another device."""
+        hidden = None if self.hidden is None else self.hidden.to(device)
+        return ScoredLogits(self.candidate_logits.to(device), self.log_prob.to(device), hidden)
