@@ -1,0 +1,132 @@
+"""The `softgrpo` command line.
+
+Invariants: the module of a command is imported only when that command runs, so `--help` and configuration errors need
+no torch, vllm, deepspeed, transformers or mlflow. A command is a function `(arguments: Sequence[str]) -> int` that
+parses its own arguments. Exit codes: 0 done, 1 error, 2 configuration error (never worth a retry), 75 stopped with a
+checkpoint (resubmit with --resume).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+EXIT_DONE = 0
+EXIT_ERROR = 1
+EXIT_CONFIG = 2
+EXIT_STOPPED = 75
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One subcommand: `target` is `module:function`, imported when the command runs."""
+
+    name: str
+    summary: str
+    target: str
+
+    def load(self) -> Callable[[Sequence[str]], int]:
+        """Import the command."""
+        module, _, function = self.target.partition(":")
+        command: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
+        return command
+
+
+COMMANDS = (
+    Command("train", "train a model from a recipe", "orchestration.cli:train"),
+    Command("validate", "check a recipe, its data and its model; start nothing", "orchestration.cli:validate"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a configuration error is one message on stderr and exit code 2, without a traceback."""
+    from orchestration.config import ConfigError
+
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _top_level_parser()
+    namespace, rest = parser.parse_known_args(arguments[:1])
+    if namespace.command is None:
+        parser.print_help()
+        return EXIT_CONFIG
+    command = next(command for command in COMMANDS if command.name == namespace.command)
+    assert not rest
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        return command.load()(arguments[1:])
+    except ConfigError as error:
+        print(f"softgrpo {command.name}: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+
+
+def train(arguments: Sequence[str]) -> int:
+    """`softgrpo train`: run the pipeline until done or stopped."""
+    parser = recipe_parser("train", "Train a model from a recipe.")
+    parser.add_argument("--resume", action="store_true", help="continue the run of this name from its last checkpoint")
+    namespace = parser.parse_args(arguments)
+    from orchestration.config import load_config
+
+    config = load_config(namespace.config, namespace.overrides)
+    from orchestration.train import run_training
+
+    return run_training(config, resume=namespace.resume)
+
+
+def validate(arguments: Sequence[str]) -> int:
+    """`softgrpo validate`: print what a recipe means on this machine; 2 if it could not run."""
+    parser = recipe_parser("validate", "Check a recipe, its data and its model; start nothing.")
+    namespace = parser.parse_args(arguments)
+    from orchestration.config import load_config
+    from orchestration.validate import describe
+    from orchestration.validate import validate as validate_config
+
+    print(describe(validate_config(load_config(namespace.config, namespace.overrides))))
+    return EXIT_DONE
+
+
+def recipe_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser with `--config FILE [key=value ...]`, for every command that reads a recipe."""
+    parser = argparse.ArgumentParser(prog=f"softgrpo {command}", description=description)
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a YAML recipe (see configs/)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="overrides, as in `steps=10 sampling.top_k=10` (values are YAML)",
+    )
+    return parser
+
+
+def package_version() -> str:
+    """The installed version; a clone on a cluster node is not installed and has none."""
+    try:
+        return version("softgrpo")
+    except PackageNotFoundError:
+        return "uninstalled"
+
+
+def _top_level_parser() -> argparse.ArgumentParser:
+    width = max(len(command.name) for command in COMMANDS) + 2
+    listing = "\n".join(f"  {command.name:<{width}}{command.summary}" for command in COMMANDS)
+    parser = argparse.ArgumentParser(
+        prog="softgrpo",
+        description="Reinforcement learning of reasoning models in continuous thought.",
+        epilog=f"commands:\n{listing}\n\n`softgrpo COMMAND --help` shows the arguments of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"softgrpo {package_version()}")
+    parser.add_argument(
+        "command",
+        nargs="?",
+        metavar="COMMAND",
+        choices=[command.name for command in COMMANDS],
+        help="what to do (listed below)",
+    )
+    return parser

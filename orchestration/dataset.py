@@ -1,0 +1,334 @@
+"""Prompts with gold answers from Parquet, JSON or JSONL, and the order in which a run visits them.
+
+Layouts, detected from the fields of a row unless `columns` maps them:
+
+    chat with a rule   {data_source, prompt: [{role, content}], reward_model: {ground_truth}}
+    conversations      {prompt: [{from, value}], final_answer}
+    plain              {question | problem, answer}; an answer that ends in `#### 42` means 42
+
+Invariants: a prompt id depends on the content of its row only, never on its place; the order of epoch e depends on the
+seed, e and the set of ids only; `PromptStream` never skips or repeats a prompt within an epoch, wherever it resumes.
+Every problem of a file names the file, the row, the value and the fix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestration.config import ColumnMapping, ConfigError, DatasetConfig, RewardConfig
+
+Gold = str | dict[str, Any]
+Message = dict[str, str]
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+DEFAULT_RULE = "math"
+MAX_LISTED = 5
+GSM8K_ANSWER = re.compile(r"####\s*([^\n]+?)\s*\Z")
+HUB_PREFIX = "hf://datasets/"
+logger = logging.getLogger(__name__)
+
+
+class MissingData(ConfigError):
+    """A dataset of the hub that is not in the local cache: to be fetched, not to be corrected."""
+
+
+class BadRow(ValueError):
+    """A row without a usable prompt or answer; the message says what and how to correct it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """One question with its gold answer."""
+
+    prompt_id: str
+    """Stable and unique in its file: the dataset's name and a digest of the row's content."""
+    messages: tuple[Message, ...]
+    """The chat, ending with a user message; without the recipe's system prompt and suffix."""
+    gold: Gold
+    data_source: str
+    rule: str
+    line: int
+    """Line (JSONL) or row (Parquet, JSON), from 1."""
+
+
+def load_rows(dataset: DatasetConfig, reward: RewardConfig, max_bad_rows: int = 0) -> list[PromptRow]:
+    """Read one dataset file.
+
+    Raises `MissingData` for a hub dataset that is not cached and `ConfigError` for a file that is missing, empty or
+    unreadable or has more than `max_bad_rows` bad rows; tolerated bad rows are logged one by one.
+    """
+    path = locate(dataset.path)
+    name = dataset.name or path.stem
+    rows: list[PromptRow] = []
+    bad: list[str] = []
+    seen: Counter[str] = Counter()
+    for line, record in _records(path):
+        try:
+            row = _parse_row(record, line, name, dataset, reward, seen)
+        except BadRow as problem:
+            bad.append(f"{place(dataset.path, line)}: {problem}")
+            continue
+        rows.append(row)
+        if dataset.limit and len(rows) >= dataset.limit:
+            break
+    report_bad_rows(bad, max_bad_rows)
+    if not rows:
+        raise ConfigError(f"{dataset.path}: no usable rows; give a file with at least one prompt and its answer")
+    return rows
+
+
+def locate(path: str) -> Path:
+    """The local file of a path or of `hf://datasets/OWNER/NAME/FILE` (looked up in the hub's local cache)."""
+    if path.startswith(HUB_PREFIX):
+        return _locate_in_hub_cache(path)
+    file = Path(path).expanduser()
+    if not file.is_file():
+        what = "is a directory" if file.is_dir() else "no such file"
+        raise ConfigError(f"{path}: {what}; set data.*.path to a Parquet, JSON or JSONL file")
+    return file
+
+
+def _locate_in_hub_cache(path: str) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
+    owner, _, rest = path.removeprefix(HUB_PREFIX).partition("/")
+    name, _, file = rest.partition("/")
+    if not file:
+        raise ConfigError(f"{path}: write a dataset of the hub as {HUB_PREFIX}OWNER/NAME/FILE")
+    found = try_to_load_from_cache(f"{owner}/{name}", file, repo_type="dataset")
+    if not isinstance(found, str):
+        raise MissingData(
+            f"{path}: not in the local cache; fetch it with `hf download --repo-type dataset {owner}/{name} {file}`"
+        )
+    return Path(found)
+
+
+def place(path: str, line: int) -> str:
+    """How messages point at a row."""
+    return f"{path}:{line}" if path.endswith(".jsonl") else f"{path}, row {line}"
+
+
+def report_bad_rows(problems: Sequence[str], max_bad_rows: int) -> None:
+    """Log tolerated bad rows; raise `ConfigError` when there are more than `max_bad_rows`."""
+    if len(problems) <= max_bad_rows:
+        for problem in problems:
+            logger.warning("skipped %s", problem)
+        return
+    listed = "\n  ".join(problems[:MAX_LISTED])
+    more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    if len(problems) == 1:
+        raise ConfigError(f"{listed} (or skip it with data.max_bad_rows=1)")
+    raise ConfigError(
+        f"{len(problems)} bad rows; correct them or skip them with data.max_bad_rows={len(problems)}:\n  {listed}{more}"
+    )
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if path.suffix == ".parquet":
+        yield from enumerate(_read_parquet(path), start=1)
+    elif path.suffix == ".jsonl":
+        yield from _read_jsonl(path)
+    elif path.suffix == ".json":
+        yield from _read_json(path)
+    else:
+        raise ConfigError(f"{path}: unknown type {path.suffix or '(no suffix)'}; use .parquet, .json or .jsonl")
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ConfigError(f"{path}: not a readable Parquet file: {error}") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                yield line, json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path}:{line}: not JSON ({error.msg}): {text.strip()[:80]!r}") from None
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            yield from _read_jsonl(path)
+            return
+        raise ConfigError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    if not isinstance(tree, list):
+        raise ConfigError(f"{path}: expected a list of rows, found {type(tree).__name__}")
+    yield from enumerate(tree, start=1)
+
+
+def _parse_row(
+    record: Any, line: int, name: str, dataset: DatasetConfig, reward: RewardConfig, seen: Counter[str]
+) -> PromptRow:
+    if not isinstance(record, dict):
+        raise BadRow(f"expected an object with fields, found {record!r:.80}")
+    columns = dataset.columns or _detect_columns(record)
+    messages = _parse_messages(_field(record, columns.prompt), columns.prompt)
+    gold = _parse_gold(_field(record, columns.answer), columns.answer)
+    data_source = _field(record, columns.data_source) if columns.data_source else None
+    source = str(data_source or name)
+    rule = dataset.rule or reward.rules.get(source) or reward.rules.get("default") or DEFAULT_RULE
+    if isinstance(gold, dict) and rule == DEFAULT_RULE:
+        raise BadRow(
+            f"{columns.answer} is an object, which the rule `{rule}` cannot compare; set reward.rules.{source}"
+        )
+    return PromptRow(_prompt_id(name, messages, gold, seen), messages, gold, source, rule, line)
+
+
+def _detect_columns(record: dict[str, Any]) -> ColumnMapping:
+    if "prompt" in record and "reward_model" in record:
+        return ColumnMapping(prompt="prompt", answer="reward_model.ground_truth", data_source="data_source")
+    if "prompt" in record and "final_answer" in record:
+        return ColumnMapping(prompt="prompt", answer="final_answer", data_source="data_source")
+    for prompt in ("question", "problem"):
+        if prompt in record:
+            return ColumnMapping(prompt=prompt, answer="answer", data_source="data_source")
+    raise BadRow(
+        f"unknown layout with fields {', '.join(sorted(map(str, record)))}; name the prompt and the answer in "
+        "data.*.columns"
+    )
+
+
+def _field(record: dict[str, Any], path: str) -> Any:
+    value: Any = record
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _parse_messages(value: Any, column: str) -> tuple[Message, ...]:
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"{column}={value!r:.80}: expected a text or a list of messages")
+    messages = tuple(_parse_message(message, column) for message in value)
+    if messages[-1]["role"] != "user":
+        raise BadRow(f"{column}: the last message is of {messages[-1]['role']}; a prompt ends with a user message")
+    if not messages[-1]["content"].strip():
+        raise BadRow(f"{column}: the last user message is empty")
+    return messages
+
+
+def _parse_message(message: Any, column: str) -> Message:
+    fields = message if isinstance(message, dict) else {}
+    role = ROLES.get(str(fields.get("role", fields.get("from"))))
+    content = fields.get("content", fields.get("value"))
+    if role is None or not isinstance(content, str):
+        raise BadRow(f"{column}: message {message!r:.80} needs role and content (or from and value), both texts")
+    return {"role": role, "content": content}
+
+
+def _parse_gold(value: Any, column: str) -> Gold:
+    if isinstance(value, dict) and value:
+        return value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise BadRow(f"{column}={value!r:.80}: no gold answer; give a text or a number")
+    text = str(value).strip()
+    match = GSM8K_ANSWER.search(text)
+    return match.group(1) if match else text
+
+
+def _prompt_id(name: str, messages: tuple[Message, ...], gold: Gold, seen: Counter[str]) -> str:
+    content = json.dumps([messages, gold], sort_keys=True, ensure_ascii=False, default=str)
+    digest = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    seen[digest] += 1
+    suffix = f"-{seen[digest]}" if seen[digest] > 1 else ""
+    return f"{re.sub('[^A-Za-z0-9._-]', '_', name)}-{digest}{suffix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One prompt to be issued: `visit` counts how often this run has issued it, from 0."""
+
+    row: PromptRow
+    visit: int
+
+    @property
+    def group_id(self) -> str:
+        """The GRPO group of this visit."""
+        return f"{self.row.prompt_id}@{self.visit}"
+
+
+class PromptStream:
+    """Endless visits in shuffled epochs; `state()` and `restore()` continue exactly where a run stopped.
+
+    The order within an epoch is by a keyed digest of the prompt ids, so it survives other Python versions and other
+    row orders. Every prompt is visited once per epoch: the visit number is the epoch.
+    """
+
+    def __init__(self, rows: Sequence[PromptRow], *, seed: int, shuffle: bool = True) -> None:
+        if not rows:
+            raise ValueError("a prompt stream needs at least one row")
+        self._rows = list(rows)
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = 0
+        self._position = 0
+        self._order = self._order_of(0)
+        self._digest = dataset_digest(self._order)
+
+    def __iter__(self) -> PromptStream:
+        return self
+
+    def __next__(self) -> Visit:
+        if self._position == len(self._order):
+            self._epoch += 1
+            self._position = 0
+            self._order = self._order_of(self._epoch)
+        visit = Visit(self._order[self._position], self._epoch)
+        self._position += 1
+        return visit
+
+    @property
+    def prompts_visited(self) -> int:
+        """Visits so far, over all epochs."""
+        return self._epoch * len(self._rows) + self._position
+
+    def state(self) -> dict[str, Any]:
+        """The cursor, and a digest of what it points into."""
+        return {"epoch": self._epoch, "position": self._position, "digest": self._digest}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue after the visits of `state`; raises `ConfigError` if the data changed in between."""
+        if state["digest"] != self._digest:
+            raise ConfigError(
+                f"the training data changed since the checkpoint (digest {state['digest']}, now {self._digest}): resume with "
+                "the same file and limits, or start a new run under another name"
+            )
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._order = self._order_of(self._epoch)
+
+    def _order_of(self, epoch: int) -> list[PromptRow]:
+        if not self._shuffle:
+            return self._rows
+        key = f"{self._seed}\x1f{epoch}".encode()
+        return sorted(self._rows, key=lambda row: hashlib.blake2b(row.prompt_id.encode(), key=key).digest())
+
+
+def dataset_digest(rows: Sequence[PromptRow]) -> str:
+    """A short digest of the prompts and their order."""
+    joined = "\n".join(row.prompt_id for row in rows)
+    return hashlib.blake2b(joined.encode(), digest_size=8).hexdigest()
