@@ -50,7 +50,8 @@ class ReplayBatch:
     advantages: Tensor
     """[N] fp32"""
     weights: Tensor
-    """[N] fp32 aggregation weights of the whole mini-batch (`learner.aggregation`): loss = sum(weights * per_position)"""
+    """[N] fp32 or fp64 aggregation weights (`learner.aggregation`) of the whole mini-batch: the loss is their sum
+    times the per-position losses"""
     behaviour_log_prob: Tensor
     """[N] fp32 log-probability of the emitted token in the engine; unused at soft positions"""
 
