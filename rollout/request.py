@@ -26,3 +26,26 @@ class RolloutRequest:
     seed: int
     prompt_ids: tuple[int, ...]
     thinking: Literal["soft", "discrete"] = "soft"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSummary:
+    """What the controller needs to know of a finished group without fetching its trajectories."""
+
+    group_id: str
+    request_ids: tuple[str, ...]
+    lengths: tuple[int, ...]
+    """Response positions, per request."""
+    soft_lengths: tuple[int, ...]
+    """Soft positions, per request."""
+    oldest_version: int
+    """Of any token in the group: age is counted from here."""
+    newest_version: int
+    num_truncated: int
+    """Responses that ended at the token limit."""
+    entropy: float
+    """Mean over soft positions of the categorical entropy over the retained candidates, nats; 0 without any."""
+    top_weight: float
+    """Mean over soft positions of the heaviest weight; 0 without any."""
+    seconds: float
+    """Wall time from the call to the last finished request."""

@@ -102,7 +102,7 @@ class SoftTokens:
     logprobs: Tensor
     """[B, K] fp32 behaviour log-probabilities l, normalised over the retained; -inf where filtered out."""
     noise: Tensor
-    """[B, K] fp32 draws e as used (after clipping), 0 where filtered out; `perturbed` itself for gaussian, dirichlet."""
+    """[B, K] fp32 draws e as used (after clipping), 0 where filtered out; = `perturbed` for gaussian, dirichlet."""
     threshold: Tensor | None
     """[B] fp32 t = g_max + gumbel_temperature * log(censor_delta), or None without `censor_delta`."""
 

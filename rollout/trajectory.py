@@ -120,7 +120,151 @@ def pack(trajectories: Sequence[Trajectory], max_candidates: int = DEFAULT_MAX_C
 
     Raises `TrajectoryError` if an array's length or K does not fit its row.
     """
-    raise NotImplementedError
+    for trajectory in trajectories:
+        _check_shapes(trajectory, max_candidates)
+    schema = schema_for(max_candidates)
+    lengths = np.array([len(t.response_ids) for t in trajectories], np.int64)
+    run_columns = {
+        "kind_runs": _pack_runs([t.kinds for t in trajectories], lengths, "kind", np.uint8),
+        "version_runs": _pack_runs([t.versions for t in trajectories], lengths, "version", np.int64),
+    }
+    arrays = []
+    for field in schema:
+        values = [getattr(t, field.name) for t in trajectories] if field.name not in run_columns else []
+        if field.name in run_columns:
+            arrays.append(run_columns[field.name])
+        elif pa.types.is_list(field.type):
+            arrays.append(_pack_list(values, field.type))
+        else:
+            arrays.append(pa.array(values, field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _check_shapes(trajectory: Trajectory, max_candidates: int) -> None:
+    length, soft = len(trajectory.response_ids), int(np.count_nonzero(trajectory.kinds == Kind.SOFT))
+    wanted = {
+        "response_ids": (length,),
+        "kinds": (length,),
+        "versions": (length,),
+        "log_density": (length,),
+        "candidate_ids": (soft, max_candidates),
+        "candidate_logprobs": (soft, max_candidates),
+        "noise": (soft, max_candidates),
+        "weights": (soft, max_candidates),
+        "censor_threshold": (soft,),
+    }
+    for column, shape in wanted.items():
+        found = getattr(trajectory, column).shape
+        if found != shape:
+            raise TrajectoryError(
+                f"trajectory {trajectory.request_id}: column {column}: shape {found}, need {shape} "
+                f"({length} positions, {soft} of them soft, {max_candidates} candidates)"
+            )
+
+
+def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """[B + 1] int32 list offsets; a batch holds fewer than 2^31 elements per column."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise TrajectoryError(f"{offsets[-1]} elements in one column: split the batch (limit 2^31 - 1)")
+    return offsets.astype(np.int32)
+
+
+def _flat(arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """All elements in one fresh 1-D array."""
+    if not arrays:
+        return np.empty(0, dtype)
+    return np.concatenate([array.reshape(-1) for array in arrays], dtype=dtype, casting="same_kind")
+
+
+def _pack_list(arrays: Sequence[np.ndarray], kind: pa.ListType) -> pa.ListArray:
+    """A list column, of numbers or of fixed-size lists of numbers."""
+    inner = kind.value_type
+    fixed = pa.types.is_fixed_size_list(inner)
+    values = pa.array(_flat(arrays, (inner.value_type if fixed else inner).to_pandas_dtype()))
+    if fixed:
+        values = pa.FixedSizeListArray.from_arrays(values, type=inner)
+    return pa.ListArray.from_arrays(pa.array(_offsets([len(array) for array in arrays])), values, type=kind)
+
+
+def _pack_runs(rows: Sequence[np.ndarray], lengths: np.ndarray, name: str, dtype: type) -> pa.ListArray:
+    """A column of run lengths: rows of equal neighbours as {name, length}."""
+    values = _flat(rows, np.dtype(dtype))
+    starts_here = np.empty(len(values), bool)
+    if len(values):
+        starts_here[0] = True
+        np.not_equal(values[1:], values[:-1], out=starts_here[1:])
+        row_starts = (np.cumsum(lengths) - lengths)[lengths > 0]
+        starts_here[row_starts] = True
+    starts = np.flatnonzero(starts_here)
+    run_lengths = np.diff(starts, append=len(values)).astype(np.int32)
+    runs_before = np.searchsorted(starts, np.cumsum(lengths))
+    structs = pa.StructArray.from_arrays([pa.array(values[starts]), pa.array(run_lengths)], names=[name, "length"])
+    offsets = np.concatenate([[0], runs_before]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), structs)
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """A batch as flat read-only views, the layout of a packed micro-batch: row r is `[offsets[r]:offsets[r + 1]]`.
+
+    `flat[name]` is 1-D, or [total, K] for candidate columns; `flat["kind"]`, `flat["version"]` and
+    `flat["kind_length"]`, `flat["version_length"]` are the runs, under the offsets of `kind_runs` and `version_runs`.
+    """
+
+    num_rows: int
+    max_candidates: int
+    flat: dict[str, np.ndarray]
+    offsets: dict[str, np.ndarray]
+    scalars: dict[str, list[str] | list[int]]
+
+
+def columns(batch: pa.RecordBatch) -> Columns:
+    """Flat views of every column; raises `TrajectoryError` for a schema that is not ours."""
+    max_candidates = check_schema(batch.schema)
+    flat: dict[str, np.ndarray] = {}
+    offsets: dict[str, np.ndarray] = {}
+    scalars: dict[str, list[str] | list[int]] = {}
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        _refuse_nulls(field.name, column)
+        if not pa.types.is_list(field.type):
+            scalars[field.name] = column.to_pylist()
+            continue
+        offsets[field.name] = column.offsets.to_numpy()
+        values = column.values
+        _refuse_nulls(field.name, values)
+        if pa.types.is_struct(field.type.value_type):
+            name = field.name.removesuffix("_runs")
+            flat[name], flat[f"{name}_length"] = (part.to_numpy() for part in values.flatten())
+        elif pa.types.is_fixed_size_list(field.type.value_type):
+            inner = values.flatten()
+            _refuse_nulls(field.name, inner)
+            flat[field.name] = inner.to_numpy().reshape(-1, max_candidates)
+        else:
+            flat[field.name] = values.to_numpy()
+    return Columns(batch.num_rows, max_candidates, flat, offsets, scalars)
+
+
+def check_schema(schema: pa.Schema) -> int:
+    """K of a batch of ours; raises `TrajectoryError` naming the version or the column that does not fit."""
+    metadata = schema.metadata or {}
+    version = metadata.get(b"softgrpo.schema_version", b"absent").decode()
+    if version != str(SCHEMA_VERSION):
+        raise TrajectoryError(f"trajectory schema version {version}, this code reads {SCHEMA_VERSION}")
+    max_candidates = int(metadata.get(b"softgrpo.max_candidates", b"0"))
+    wanted = schema_for(max_candidates) if max_candidates > 0 else SCHEMA
+    for field in wanted:
+        position = schema.get_field_index(field.name)
+        found = schema.field(position).type if position >= 0 else "absent"
+        if found != field.type:
+            raise TrajectoryError(f"trajectory batch: column {field.name}: {found}, need {field.type}")
+    return max_candidates
+
+
+def _refuse_nulls(name: str, array: pa.Array) -> None:
+    if array.null_count:
+        raise TrajectoryError(f"trajectory batch: column {name}: {array.null_count} nulls")
 
 
 def unpack(batch: pa.RecordBatch | pa.Table) -> list[Trajectory]:
@@ -128,4 +272,31 @@ def unpack(batch: pa.RecordBatch | pa.Table) -> list[Trajectory]:
 
     Raises `TrajectoryError` if the schema or its version is not ours.
     """
-    raise NotImplementedError
+    batches = batch.to_batches() if isinstance(batch, pa.Table) else [batch]
+    return [trajectory for part in batches for trajectory in rows(columns(part))]
+
+
+def rows(parts: Columns, keep: Sequence[int] | None = None) -> list[Trajectory]:
+    """The rows `keep` (all if None) of flat columns as trajectories."""
+    array_columns = [name for name in parts.offsets if not name.endswith("_runs")]
+    found = []
+    for row in range(parts.num_rows) if keep is None else keep:
+        values: dict[str, object] = {name: column[row] for name, column in parts.scalars.items()}
+        for name in array_columns:
+            start, end = parts.offsets[name][row : row + 2]
+            values[name] = parts.flat[name][start:end]
+        values["kinds"] = _expand_runs(parts, "kind", row)
+        values["versions"] = _expand_runs(parts, "version", row)
+        found.append(Trajectory(**values))  # type: ignore[arg-type]
+    return found
+
+
+def _expand_runs(parts: Columns, name: str, row: int) -> np.ndarray:
+    """The read-only array that a row's runs stand for; a single run is a zero-stride view of one number."""
+    start, end = parts.offsets[f"{name}_runs"][row : row + 2]
+    values, lengths = parts.flat[name][start:end], parts.flat[f"{name}_length"][start:end]
+    if len(values) == 1:
+        return np.broadcast_to(values[0], (int(lengths[0]),))
+    array = np.repeat(values, lengths)
+    array.flags.writeable = False
+    return array
