@@ -1,0 +1,98 @@
+"""One learner rank as a Ray actor: a thin shell around `Trainer` that moves data and sets the environment.
+
+Importable without torch: everything heavy is imported in `start`, on the worker, after the environment is set.
+Methods run one at a time on the main thread; a collective phase is a call on every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from learner.spec import LearnerError, LearnerSpec, ScoredGroup
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from learner.trainer import Trainer
+    from rollout.weights import WeightManifest
+
+logger = logging.getLogger(__name__)
+
+
+class LearnerRank:
+    """Rank `rank` of a learner group; the group wraps this class with `ray.remote`."""
+
+    def __init__(self, spec: LearnerSpec, rank: int) -> None:
+        self.spec = spec
+        self.rank = rank
+        self._trainer: Trainer | None = None
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and a free port of this rank's node, for the process group of one generation."""
+        import ray
+
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return address, probe.getsockname()[1]
+
+    def start(self, master: tuple[str, int], checkpoint: str | None) -> dict[str, Any]:
+        """Join the process group, load the model and, when given, a checkpoint; collective."""
+        os.environ |= {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.spec.world_size),
+            "LOCAL_RANK": "0",
+            "LOCAL_SIZE": "1",
+            "MASTER_ADDR": master[0],
+            "MASTER_PORT": str(master[1]),
+            "DS_ACCELERATOR": self.spec.device,
+        }
+        from learner.trainer import Trainer
+
+        self._trainer = Trainer(self.spec, self.rank)
+        if checkpoint is not None:
+            self._trainer.load(Path(checkpoint))
+        return {"rank": self.rank, "pid": os.getpid(), **self._trainer.describe()}
+
+    def train(self, groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:
+        """One training step from policy `version` to `version` + 1; collective."""
+        import ray
+
+        refs = [group.batch for group in groups]
+        batches = ray.get(refs, timeout=self.spec.sync_timeout_s)
+        resolved = [replace(group, batch=batch) for group, batch in zip(groups, batches, strict=True)]
+        return self.trainer.train(resolved, version)
+
+    def publish(self, version: int) -> Iterator[np.ndarray | WeightManifest]:
+        """Yield the weights of `version` as flat shards, the manifest last; collective, only rank 0 yields."""
+        from rollout.weights import pack_weights
+
+        weights = self.trainer.weights(version)
+        if self.rank != 0:
+            for _ in weights:
+                pass
+            return
+        manifest, shards = pack_weights(version, weights, max_shard_bytes=self.spec.shard_bytes)
+        yield from shards
+        yield manifest
+
+    def save(self, directory: str) -> None:
+        """Write this rank's part of the resumable state into `directory`; collective."""
+        self.trainer.save(Path(directory))
+
+    def export(self, directory: str) -> None:
+        """Write a Hugging Face checkpoint into `directory`; collective, rank 0 writes."""
+        self.trainer.export(Path(directory))
+
+    @property
+    def trainer(self) -> Trainer:
+        """The started trainer."""
+        if self._trainer is None:
+            raise LearnerError(f"learner rank {self.rank} was used before start")
+        return self._trainer

@@ -1,0 +1,177 @@
+"""The learner as the driver sees it: a group of ranks that live and die together (asyncio, no torch).
+
+    start --> (train --> publish)* --> save, export --> kill
+                 any rank fails or a deadline passes: the whole generation is killed, `LearnerError` names rank and phase
+
+A generation is one process group: ranks cannot be replaced one by one, because the survivors of a broken collective
+hang (NCCL) or are half a step ahead (gloo). After a failure call `start` again with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from learner.actor import LearnerRank
+from learner.spec import LearnerError, LearnerSpec, PublishedWeights, ReplayError, ScoredGroup
+
+__all__ = ["LearnerError", "LearnerGroup", "LearnerSpec", "PublishedWeights", "ReplayError", "ScoredGroup"]
+
+logger = logging.getLogger(__name__)
+
+SETTLE_S = 2.0
+"""After a first failure the other ranks get this long to fail too: the dead rank names the cause, its peers echo it."""
+
+
+class LearnerGroup:
+    """`spec.world_size` learner ranks; `rank_options` are the Ray options of each (num_cpus, num_gpus, ...)."""
+
+    def __init__(self, spec: LearnerSpec, rank_options: dict[str, Any]) -> None:
+        self.spec = spec
+        self._rank_options = rank_options
+        self._ranks: list[Any] = []
+        self.generation = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether a generation was started and not killed."""
+        return bool(self._ranks)
+
+    async def start(self, checkpoint: Path | None) -> dict[str, Any]:
+        """Start a generation from the model, or from a checkpoint; facts of rank 0 (parameters, versions, pids).
+
+        Raises `LearnerError` if a rank fails or `startup_timeout_s` passes (also while Ray finds no place for it).
+        """
+        import ray
+
+        self.kill()
+        self.generation += 1
+        deadline = time.monotonic() + self.spec.startup_timeout_s
+        options = {"max_restarts": 0, "max_task_retries": 0, **self._rank_options}
+        actor_class = ray.remote(LearnerRank)
+        self._ranks = [actor_class.options(**options).remote(self.spec, rank) for rank in range(self.spec.world_size)]
+        master = (await self._collect("rendezvous", [self._ranks[0].rendezvous.remote()], deadline))[0]
+        place = None if checkpoint is None else str(checkpoint)
+        facts = await self._collect("start", [rank.start.remote(master, place) for rank in self._ranks], deadline)
+        return {**facts[0], "pids": [fact["pid"] for fact in facts], "generation": self.generation}
+
+    async def train(self, groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:
+        """One training step on all ranks: policy `version` becomes `version` + 1. Metrics are named `area/name`.
+
+        Raises `ReplayError` (the group stays alive, the version stays) if nothing can be trained.
+        """
+        calls = [rank.train.remote(list(groups), version) for rank in self._started()]
+        metrics = await self._collect("train", calls, self._deadline(self.spec.step_timeout_s))
+        return dict(metrics[0])
+
+    async def publish(self, version: int) -> PublishedWeights:
+        """The weights of `version` as objects owned by the caller, which therefore survive the learner."""
+        deadline = self._deadline(self.spec.sync_timeout_s)
+        first, *others = self._started()
+        streamed = first.publish.options(num_returns="streaming").remote(version)
+        drained = [rank.publish.options(num_returns="streaming").remote(version) for rank in others]
+        tasks = [self._receive(streamed), *(self._receive(stream) for stream in drained)]
+        received = await self._settle("publish", [asyncio.ensure_future(task) for task in tasks], deadline)
+        refs = received[0]
+        manifest = await _result(refs[-1])
+        return PublishedWeights(manifest=manifest, shards=tuple(refs[:-1]))
+
+    async def save(self, directory: Path) -> None:
+        """Write the resumable state into an existing directory; it is synced to disk when this returns."""
+        calls = [rank.save.remote(str(directory)) for rank in self._started()]
+        await self._collect("save", calls, self._deadline(self.spec.step_timeout_s))
+
+    async def export(self, directory: Path) -> None:
+        """Write a Hugging Face checkpoint (safetensors, config, tokenizer) that transformers and vLLM load."""
+        calls = [rank.export.remote(str(directory)) for rank in self._started()]
+        await self._collect("export", calls, self._deadline(self.spec.step_timeout_s))
+
+    def kill(self) -> None:
+        """End all ranks at once; harmless when there are none."""
+        import ray
+
+        for rank in self._ranks:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(rank)
+        self._ranks = []
+
+    def _started(self) -> list[Any]:
+        if not self._ranks:
+            raise LearnerError("the learner group is not running; call start")
+        return self._ranks
+
+    def _deadline(self, seconds: float) -> float:
+        return time.monotonic() + seconds
+
+    @staticmethod
+    async def _receive(stream: Any) -> list[Any]:
+        refs = [ref async for ref in stream]
+        if refs:
+            # A generator that fails yields its error as the last reference.
+            await _result(refs[-1])
+        return refs
+
+    async def _collect(self, phase: str, refs: Sequence[Any], deadline: float) -> list[Any]:
+        return await self._settle(phase, [asyncio.ensure_future(_result(ref)) for ref in refs], deadline)
+
+    async def _settle(self, phase: str, tasks: Sequence[asyncio.Future[Any]], deadline: float) -> list[Any]:
+        """Results of one call per rank; on a failure or at the deadline, kill the generation and say who and what."""
+        started = time.monotonic()
+        await asyncio.wait(tasks, timeout=deadline - started, return_when=asyncio.FIRST_EXCEPTION)
+        failed = [task for task in tasks if task.done() and task.exception()]
+        if not failed and all(task.done() for task in tasks):
+            return [task.result() for task in tasks]
+        if failed:
+            await asyncio.wait(tasks, timeout=SETTLE_S)
+        errors = {rank: task.exception() for rank, task in enumerate(tasks) if task.done() and task.exception()}
+        late = [rank for rank, task in enumerate(tasks) if not task.done()]
+        for task in tasks:
+            task.cancel()
+        if not late and len(errors) == len(tasks):
+            refused = [_cause(error) for error in errors.values()]
+            if all(isinstance(cause, ReplayError) for cause in refused):
+                raise refused[0]
+        self.kill()
+        waited = time.monotonic() - started
+        raise LearnerError(_describe(phase, self.generation, errors, late, waited)) from _worst(errors)
+
+
+async def _result(ref: Any) -> Any:
+    return await ref
+
+
+def _cause(error: BaseException | None) -> BaseException:
+    """The exception that a rank raised, without Ray's wrapping."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error or RuntimeError("unknown")
+
+
+def _worst(errors: dict[int, BaseException | None]) -> BaseException | None:
+    """The death of a rank before the echo of its peers."""
+    from ray.exceptions import RayActorError
+
+    dead = [error for error in errors.values() if isinstance(error, RayActorError)]
+    return next(iter(dead or errors.values()), None)
+
+
+def _describe(
+    phase: str, generation: int, errors: dict[int, BaseException | None], late: list[int], waited: float
+) -> str:
+    from ray.exceptions import RayActorError
+
+    parts = []
+    for rank, error in errors.items():
+        if isinstance(error, RayActorError):
+            parts.append(f"rank {rank} died")
+        else:
+            cause = _cause(error)
+            first_line = (str(cause).strip().splitlines() or [""])[0]
+            parts.append(f"rank {rank} raised {type(cause).__name__}: {first_line}")
+    if late:
+        parts.append(f"rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late))} not done after {waited:.0f} s")
+    return f"learner generation {generation}, phase {phase}: {'; '.join(parts)}; all ranks were killed"
