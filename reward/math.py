@@ -1,10 +1,134 @@
-"""Mathematical answers: extraction and comparison by math-verify."""
+r"""Mathematical answers: extraction, caps, exact string, then math-verify.
+
+math-verify's own time limit is a SIGALRM that a C-level big-integer power ignores and that raises off the main
+thread, so it is switched off: whoever calls `compare` owns the deadline (`reward.sandbox` kills the process).
+
+    response --extract_answer--> caps --> same string? --> compare: parse both, verify
+
+Several boxes in one response are not read together (math-verify would make {4, 5} of a 4 corrected to a 5): the last
+one is the answer.
+"""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+from reward.extraction import Answer, Extracted, extract_answer, last_boxed, refuse_oversized
 from reward.verdict import Verdict
 
 
 def grade(answer: str, gold: str) -> Verdict:
     """Compare a response with a gold answer in this process, without any time limit (the sandbox supplies it)."""
-    raise NotImplementedError
+    extracted = extract_answer(Answer(answer, answer))
+    settled, _ = settle(extracted, gold)
+    if settled is not None or extracted is None:
+        return settled or Verdict.UNPARSEABLE
+    return compare(expression(extracted), gold_expression(gold))
+
+
+def settle(extracted: Extracted | None, gold: str) -> tuple[Verdict | None, str]:
+    """The verdict where no mathematics is needed (None otherwise), and why; linear time, safe in any process."""
+    if extracted is None:
+        return Verdict.UNPARSEABLE, "no boxed or final answer"
+    if _squeeze(extracted.text) == _squeeze(gold_text(gold)):
+        return Verdict.CORRECT, ""
+    refusal = refuse_oversized(extracted.text)
+    return (Verdict.UNPARSEABLE, refusal) if refusal else (None, "")
+
+
+def compare(answer: str, gold: str) -> Verdict:
+    """math-verify's opinion of two expressions (see `expression`); no time limit.
+
+    Raises MemoryError where the limit of the process was met, `GoldError` where the gold answer does not parse.
+    """
+    from math_verify import verify
+
+    golds = _parse_gold(gold)
+    if not golds:
+        raise GoldError(f"the gold answer {gold!r} cannot be parsed")
+    answers = _parse(answer)
+    if not answers:
+        return Verdict.UNPARSEABLE
+    if verify(list(golds), answers, timeout_seconds=None):
+        return Verdict.CORRECT
+    return Verdict.UNPARSEABLE if all(isinstance(parsed, str) for parsed in answers) else Verdict.INCORRECT
+
+
+class GoldError(ValueError):
+    """A gold answer that no response can match."""
+
+
+def check_gold(gold: str) -> str | None:
+    """Why this gold answer cannot be verified: it does not parse, or it does not equal itself; None if it is fine.
+
+    No time limit, like `compare`.
+    """
+    from math_verify import verify
+
+    text = gold_text(gold)
+    if not text:
+        return "empty"
+    refusal = refuse_oversized(text)
+    if refusal:
+        return refusal.replace("the extracted answer", "the gold answer")
+    parsed = _parse_gold(gold_expression(gold))
+    if all(isinstance(value, str) for value in parsed):
+        return f"{text!r} cannot be parsed as mathematics"
+    if not verify(list(parsed), _parse(gold_expression(gold)), timeout_seconds=None):
+        return f"{text!r} does not equal itself"
+    return None
+
+
+def expression(extracted: Extracted) -> str:
+    """What math-verify is given: a box around what was marked, its own extraction for the rest."""
+    if extracted.source == "boxed":
+        return f"\\boxed{{{extracted.text}}}"
+    if extracted.source == "phrase":
+        return f"The final answer is: {extracted.text}"
+    return extracted.text
+
+
+def gold_text(gold: str) -> str:
+    """The answer inside a gold string: in its box, after `####` (GSM8K), between dollar signs, or all of it."""
+    boxed = last_boxed(gold)
+    if boxed is not None:
+        return boxed
+    text = gold.rsplit("####", 1)[-1].strip()
+    while len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text.strip("$"):
+        text = text[1:-1].strip()
+    return text
+
+
+def gold_expression(gold: str) -> str:
+    """A gold string as math-verify is given it."""
+    return f"\\boxed{{{gold_text(gold)}}}"
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_gold(expression: str) -> tuple[Any, ...]:
+    return tuple(_parse(expression))
+
+
+def _parse(expression: str) -> list[Any]:
+    """math-verify's reading of an expression: SymPy objects, then the string they came from.
+
+    Its parser swallows every exception and keeps the string. A MemoryError must not look like bad LaTeX, so an
+    expression that left only a string is parsed again without the net.
+    """
+    from math_verify import parse
+    from math_verify.parser import parse_latex_cached
+
+    parsed = parse(expression, parsing_timeout=None)
+    if len(parsed) == 1 and isinstance(parsed[0], str):
+        try:
+            parse_latex_cached(parsed[0])
+        except MemoryError:
+            raise
+        except Exception:  # any way in which the grammar or SymPy refuses text: the answer is unparseable
+            return list(parsed)
+    return list(parsed)
