@@ -84,7 +84,7 @@ def validate(arguments: Sequence[str]) -> int:
     parser = recipe_parser("validate", "Check a recipe, its data and its model; start nothing.")
     namespace = parser.parse_args(arguments)
     from orchestration.config import load_config
-    from orchestration.validate import describe
+    from orchestration.describe import describe
     from orchestration.validate import validate as validate_config
 
     print(describe(validate_config(load_config(namespace.config, namespace.overrides))))

@@ -66,6 +66,15 @@ class PromptTokenizer:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
+    def token(self, index: int) -> str | None:
+        """The token of an id."""
+        found: str | None = self._tokenizer.id_to_token(index)
+        return found
+
+    def is_ordinary(self, index: int) -> bool:
+        """True for a token that also occurs in plain text: neither special nor added."""
+        return index not in self._tokenizer.get_added_tokens_decoder() and index < self.size
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a text as it stands, without added special tokens."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)

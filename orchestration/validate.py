@@ -1,0 +1,254 @@
+"""Everything that can be known about a run before any actor starts.
+
+`validate` resolves data, model directory, tokenizer, end of thinking, gold answers and pool sizes. What is wrong is a
+`ConfigError` with one message; what is merely absent (a model or dataset of the hub that is not in the local cache) is
+listed in `Resolved.missing`, so that a recipe can be checked on a laptop. Nothing here starts a process or imports
+torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestration import machine
+from orchestration.config import Config, ConfigError, DatasetConfig
+from orchestration.dataset import DEFAULT_RULE, MissingData, PromptRow, load_rows, place, report_bad_rows
+from orchestration.model_facts import ModelFacts, read_model_facts
+from orchestration.prompt_tokenizer import (
+    PromptTokenizer,
+    end_of_thinking_id,
+    resolve_model_dir,
+    with_recipe_prompt,
+)
+
+PLAIN_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
+"""Gold answers that need no parser: most of them, at a thousandth of its cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """One dataset, ready to be issued."""
+
+    name: str
+    rows: tuple[PromptRow, ...]
+    prompt_ids: dict[str, tuple[int, ...]]
+    """prompt_id -> token ids with the generation prompt; empty where the tokenizer is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A configuration together with what it refers to."""
+
+    config: Config
+    model_dir: Path | None
+    model: ModelFacts | None
+    tokenizer: PromptTokenizer | None
+    end_of_thinking_id: int | None
+    """None while the tokenizer is missing, and for `thinking: discrete` with a model that has no such token."""
+    train: PromptSet | None
+    evaluation: tuple[PromptSet, ...]
+    warnings: tuple[str, ...]
+    missing: tuple[str, ...]
+    """What has to be fetched before a run can start."""
+
+    def require_complete(self) -> Resolved:
+        """Raise `ConfigError` if anything is missing; a run calls this, `softgrpo validate` does not."""
+        if self.missing:
+            raise ConfigError("\n".join(self.missing))
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class PoolNeeds:
+    """Ray resources that the three pools ask for."""
+
+    rollout_cpus: float
+    reward_cpus: float
+    learner_cpus: float
+    rollout_gpus: float
+    learner_gpus: float
+
+    @property
+    def cpus(self) -> float:
+        """All logical CPUs."""
+        return self.rollout_cpus + self.reward_cpus + self.learner_cpus
+
+    @property
+    def gpus(self) -> float:
+        """All GPUs."""
+        return self.rollout_gpus + self.learner_gpus
+
+
+def validate(config: Config) -> Resolved:
+    """Resolve and check a configuration; raises `ConfigError` for what is wrong."""
+    missing: list[str] = []
+    warnings: list[str] = list(check_pools(config))
+    model_dir = resolve_model_dir(config.model)
+    model, tokenizer, end_id = None, None, None
+    if model_dir is None:
+        missing.append(
+            f"model.path={config.model.path}: not in the local cache; fetch it with `hf download {config.model.path}`"
+        )
+    else:
+        model = read_model_facts(model_dir)
+        if not model.has_weights:
+            missing.append(f"model.path={model_dir}: no weights (*.safetensors); the rest of the checkpoint is there")
+        tokenizer = PromptTokenizer(model_dir)
+        tokenizer.require_chat_template()
+        end_id = _check_end_of_thinking(config, model, tokenizer, warnings)
+        _check_lengths(config, model)
+    train = _load(config, config.data.train, tokenizer, missing)
+    loaded = [_load(config, dataset, tokenizer, missing) for dataset in config.data.evaluation]
+    evaluation = tuple(prompts for prompts in loaded if prompts is not None)
+    if train is not None and len(train.rows) < config.algorithm.prompts_per_step:
+        warnings.append(
+            f"data.train has {len(train.rows)} prompts for steps of {config.algorithm.prompts_per_step}: a step visits "
+            "some of them more than once"
+        )
+    return Resolved(config, model_dir, model, tokenizer, end_id, train, evaluation, tuple(warnings), tuple(missing))
+
+
+def pool_needs(config: Config) -> PoolNeeds:
+    """The resources of the plan."""
+    rollout, reward, learner = config.rollout, config.reward, config.learner
+    gpus_per_engine = rollout.num_gpus
+    if rollout.num_gpus >= 1:
+        gpus_per_engine = max(rollout.num_gpus, rollout.tensor_parallel_size)
+    return PoolNeeds(
+        rollout_cpus=rollout.num_actors * rollout.num_cpus,
+        reward_cpus=reward.num_actors * reward.num_cpus,
+        learner_cpus=learner.world_size * learner.num_cpus,
+        rollout_gpus=rollout.num_actors * gpus_per_engine,
+        learner_gpus=learner.world_size * learner.num_gpus,
+    )
+
+
+def uses_local_cluster(config: Config) -> bool:
+    """True where the run starts its own Ray on this machine."""
+    return config.cluster.address is None and not os.environ.get("RAY_ADDRESS")
+
+
+def check_pools(config: Config) -> Iterable[str]:
+    """Compare the plan with this machine; yields warnings and raises `ConfigError` for what can never be placed.
+
+    A plan for an existing cluster is compared with that cluster when the run starts.
+    """
+    if not uses_local_cluster(config):
+        return
+    needs = pool_needs(config)
+    available = machine.num_gpus()
+    if needs.gpus > available:
+        raise ConfigError(
+            f"rollout.num_actors={config.rollout.num_actors} x {needs.rollout_gpus / config.rollout.num_actors:g} and "
+            f"learner.world_size={config.learner.world_size} x {config.learner.num_gpus:g} ask for {needs.gpus:g} "
+            f"GPUs, this machine has {available}; lower them, or set cluster.address=auto to use a running Ray cluster"
+        )
+    if config.cluster.local_cpus is not None and needs.cpus > config.cluster.local_cpus:
+        raise ConfigError(
+            f"cluster.local_cpus={config.cluster.local_cpus}, but the pools ask for {needs.cpus:g} (rollout "
+            f"{needs.rollout_cpus:g}, reward {needs.reward_cpus:g}, learner {needs.learner_cpus:g}); raise it or "
+            "leave it out"
+        )
+    if needs.cpus > machine.num_cpus():
+        yield f"the pools ask for {needs.cpus:g} CPUs on a machine with {machine.num_cpus()}: actors will share them"
+
+
+def _check_end_of_thinking(
+    config: Config, model: ModelFacts, tokenizer: PromptTokenizer, warnings: list[str]
+) -> int | None:
+    if tokenizer.size > model.vocab_size:
+        raise ConfigError(
+            f"model.path={config.model.path}: the tokenizer has ids up to {tokenizer.size - 1}, the embedding only "
+            f"{model.vocab_size} rows; use the tokenizer that was saved with the model"
+        )
+    try:
+        end_id = end_of_thinking_id(config.model, tokenizer, model.vocab_size)
+    except ConfigError:
+        if config.sampling.thinking == "discrete":
+            return None
+        raise
+    if isinstance(config.model.end_of_thinking, int) and tokenizer.is_ordinary(end_id):
+        warnings.append(
+            f"model.end_of_thinking: id {end_id} ({tokenizer.token(end_id)!r}) is an ordinary token; thinking ends "
+            "wherever the model writes it"
+        )
+    return end_id
+
+
+def _check_lengths(config: Config, model: ModelFacts) -> None:
+    if config.max_model_len > model.max_positions:
+        raise ConfigError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + sampling.max_new_tokens="
+            f"{config.sampling.max_new_tokens} = {config.max_model_len} exceeds the {model.max_positions} positions of "
+            f"{config.model.path}; lower one of them"
+        )
+    cache_mb = config.rollout.kv_cache_memory_mb
+    sequence_mb = config.max_model_len * model.kv_bytes_per_token(_value_bytes(config)) / 2**20
+    if cache_mb is not None and sequence_mb > cache_mb:
+        raise ConfigError(
+            f"rollout.kv_cache_memory_mb={cache_mb} does not hold one sequence of {config.max_model_len} tokens "
+            f"({sequence_mb:.0f} MB); raise it"
+        )
+
+
+def _load(
+    config: Config, dataset: DatasetConfig, tokenizer: PromptTokenizer | None, missing: list[str]
+) -> PromptSet | None:
+    limit = config.data.max_bad_rows
+    try:
+        rows = load_rows(dataset, config.reward, limit)
+    except MissingData as absent:
+        missing.append(str(absent))
+        return None
+    prompt_ids: dict[str, tuple[int, ...]] = {}
+    problems: list[str] = []
+    if tokenizer is not None:
+        chats = [with_recipe_prompt(row.messages, config.data) for row in rows]
+        for row, ids in zip(rows, tokenizer.encode_chats(chats), strict=True):
+            if len(ids) > config.data.max_prompt_tokens:
+                problems.append(
+                    f"{place(dataset.path, row.line)}: the prompt has {len(ids)} tokens, the limit is "
+                    f"data.max_prompt_tokens={config.data.max_prompt_tokens}: {row.messages[-1]['content'][:60]!r}"
+                )
+            else:
+                prompt_ids[row.prompt_id] = ids
+    rows, bad_golds = _with_checkable_gold(rows, dataset)
+    rows = [row for row in rows if tokenizer is None or row.prompt_id in prompt_ids]
+    report_bad_rows([*problems, *bad_golds], limit)
+    if not rows:
+        raise ConfigError(f"{dataset.path}: no row is left; raise data.max_prompt_tokens or correct the answers")
+    name = dataset.name or Path(dataset.path).stem
+    return PromptSet(name, tuple(rows), prompt_ids)
+
+
+def _with_checkable_gold(rows: Sequence[PromptRow], dataset: DatasetConfig) -> tuple[list[PromptRow], list[str]]:
+    """Split off rows whose gold answer no response could match; only mathematical rules can tell."""
+    reasons: dict[str, str | None] = {}
+    good, problems = [], []
+    for row in rows:
+        reason = None
+        if row.rule == DEFAULT_RULE and isinstance(row.gold, str):
+            if row.gold not in reasons:
+                reasons[row.gold] = _gold_problem(row.gold)
+            reason = reasons[row.gold]
+        if reason is None:
+            good.append(row)
+        else:
+            problems.append(f"{place(dataset.path, row.line)}: gold answer {row.gold!r:.80}: {reason}")
+    return good, problems
+
+
+def _gold_problem(gold: str) -> str | None:
+    if PLAIN_NUMBER.fullmatch(gold):
+        return None
+    from reward.math import check_gold
+
+    return check_gold(gold)
+
+
+def _value_bytes(config: Config) -> int:
+    return 4 if config.model.dtype == "float32" else 2
