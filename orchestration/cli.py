@@ -41,6 +41,7 @@ class Command:
 COMMANDS = (
     Command("train", "train a model from a recipe", "orchestration.cli:train"),
     Command("validate", "check a recipe, its data and its model; start nothing", "orchestration.cli:validate"),
+    Command("kuberay", "render and validate Kubernetes manifests", "orchestration.kuberay_command:main"),
 )
 
 
@@ -70,13 +71,17 @@ def train(arguments: Sequence[str]) -> int:
     """`softgrpo train`: run the pipeline until done or stopped."""
     parser = recipe_parser("train", "Train a model from a recipe.")
     parser.add_argument("--resume", action="store_true", help="continue the run of this name from its last checkpoint")
+    parser.add_argument(
+        "--auto-resume", action="store_true", help="--resume if the run directory exists (for automatic retries)"
+    )
     namespace = parser.parse_args(arguments)
     from orchestration.config import load_config
 
     config = load_config(namespace.config, namespace.overrides)
     from orchestration.train import run_training
 
-    return run_training(config, resume=namespace.resume)
+    resume = namespace.resume or (namespace.auto_resume and config.run_dir.is_dir())
+    return run_training(config, resume=resume)
 
 
 def validate(arguments: Sequence[str]) -> int:
