@@ -10,7 +10,7 @@ n = number retained; s = noise_scale; t the censoring threshold; A = {g >= t}, m
     concrete   g up to a common shift:   sum_i D_i - n [LSE(l - g) - LSE(l_old - g)]
     censored   what the model can see:   sum_A D_i - m (log S - log S_old),  S = sum_j p_j e^{-max(g_j, t)}
     argmax     the emitted token:        D_argmax
-    gaussian   x_i ~ N(p_i, (0.05 s)^2)  and  dirichlet  x_i ~ Gamma(p_i / s, 1): the raw draws, their weights replayed
+    gaussian   x_i ~ N(p_i, (0.05 s)^2), dirichlet  x_i ~ Gamma(p_i, 1): the raw draws; mixtures are x / sum(x)
 
 Each of gumbel, concrete, censored, argmax is the conditional expectation of the one above it; `censored` at delta = 1
 is `argmax`. With s != 1, concrete, censored and argmax read l as log_softmax(z / s), g as g / s and t as t / s: the
@@ -195,10 +195,10 @@ def _gaussian(draw: Draw, new: Tensor, old: Tensor | None) -> Tensor:
 
 
 def _dirichlet(draw: Draw, new: Tensor, old: Tensor | None) -> Tensor:
-    shape_new = draw.log_probs(new).exp() / draw.scale
+    shape_new = draw.log_probs(new).exp()
     if old is None:
         return _sum(_gamma_log_prob(draw.perturbed, shape_new), draw.retained)
-    shape_old = draw.log_probs(old).exp() / draw.scale
+    shape_old = draw.log_probs(old).exp()
     ratio = _gamma_log_prob(draw.perturbed, shape_new) - _gamma_log_prob(draw.perturbed, shape_old)
     return _sum(ratio, draw.retained)
 
@@ -231,8 +231,8 @@ def _normal_log_prob(x: Tensor, mean: Tensor, std: float) -> Tensor:
 def _gamma_log_prob(x: Tensor, shape: Tensor) -> Tensor:
     """log Gamma(x; shape, 1); at or below SMALLEST_DRAW the log of P(X <= SMALLEST_DRAW) = x^shape / Gamma(shape + 1).
 
-    The ratio of independent Gammas is the ratio of their normalised weights too: both policies' shapes add up to 1 / s,
-    so the density of the total does not depend on the policy.
+    The ratio of independent Gammas is the ratio of their normalised weights too: the shapes of every policy add up to
+    1, so the density of the total does not depend on the policy.
     """
     shape = shape.clamp(min=torch.finfo(shape.dtype).tiny)
     observed = x.clamp(min=SMALLEST_DRAW)

@@ -9,10 +9,14 @@ nothing is scored by the last position.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+QUADRATIC_LENGTH = 32768
+"""Rows at which the attention of a 1.5B-class model (28 layers, d = 1536) costs as much as its matrices."""
 
 
 @dataclass(frozen=True)
@@ -95,3 +99,71 @@ class ScoredLogits:
         """The same scores on another device."""
         hidden = None if self.hidden is None else self.hidden.to(device)
         return ScoredLogits(self.candidate_logits.to(device), self.log_prob.to(device), hidden)
+
+
+def plan_packs(lengths: Sequence[int], *, token_budget: int, num_ranks: int = 1) -> list[list[list[int]]]:
+    """Cut sequences into passes and deal the passes to ranks: [num_ranks][passes][sequence indices].
+
+    Passes are filled first-fit-decreasing up to `token_budget` rows; a longer sequence has one of its own. Every rank
+    gets the same number of passes (collectives inside a pass would hang otherwise) of about the same total cost; a pass
+    is empty only if there are fewer sequences than passes. Depends on nothing but the arguments.
+    """
+    passes = _first_fit_decreasing(lengths, token_budget)
+    while len(passes) % num_ranks or not passes:
+        _split_costliest(passes, lengths)
+    per_rank = len(passes) // num_ranks
+    costs = [_cost(lengths, members) for members in passes]
+    plan: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    totals = [0.0] * num_ranks
+    for index in sorted(range(len(passes)), key=lambda i: (-costs[i], i)):
+        rank = min((r for r in range(num_ranks) if len(plan[r]) < per_rank), key=lambda r: (totals[r], r))
+        plan[rank].append(passes[index])
+        totals[rank] += costs[index]
+    return plan
+
+
+def _first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    passes: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for number, room in enumerate(free):
+            if lengths[index] <= room:
+                passes[number].append(index)
+                free[number] -= lengths[index]
+                break
+        else:
+            passes.append([index])
+            free.append(budget - lengths[index])
+    return passes
+
+
+def _split_costliest(passes: list[list[int]], lengths: Sequence[int]) -> None:
+    """Deal the members of the costliest pass that has several to two passes; if none has, add an empty pass."""
+    splittable = [number for number, members in enumerate(passes) if len(members) > 1]
+    if not splittable:
+        passes.append([])
+        return
+    number = max(splittable, key=lambda i: (_cost(lengths, passes[i]), -i))
+    halves: tuple[list[int], list[int]] = ([], [])
+    for index in passes[number]:  # longest first
+        min(halves, key=lambda half: _cost(lengths, half)).append(index)
+    passes[number] = halves[0]
+    passes.append(halves[1])
+
+
+def _cost(lengths: Sequence[int], members: Sequence[int]) -> float:
+    return sum(sequence_cost(lengths[index]) for index in members)
+
+
+def sequence_cost(length: int) -> float:
+    """Relative cost of a sequence: linear in its rows, plus attention, which doubles it at QUADRATIC_LENGTH rows."""
+    return length + length**2 / QUADRATIC_LENGTH
+
+
+def packed_positions(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(position_ids [L] int64, from 0 in every sequence; cu_seqlens [B + 1] int32) of sequences one after another."""
+    counts = torch.tensor(list(lengths), dtype=torch.int64)
+    boundaries = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    boundaries[1:] = counts.cumsum(0)
+    positions = torch.arange(int(boundaries[-1])) - torch.repeat_interleave(boundaries[:-1], counts)
+    return positions, boundaries.to(torch.int32)
