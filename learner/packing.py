@@ -69,6 +69,8 @@ class ReplayBatch:
     """[S] fp32 censoring threshold; NaN where the mixture was not censored"""
     behaviour_logprobs: Tensor
     """[S, K] fp32 of the engine, -inf where filtered out"""
+    top_weight: Tensor | None = None
+    """[S] fp32 executed weight of the heaviest candidate; only a diagnostic"""
 
     old: ScoredLogits | None = None
     """Scores under the policy before the update; None: the policy has not changed, or `old_log_density: behaviour`."""

@@ -81,6 +81,19 @@ def _cispo(log_ratio: Tensor, advantage: Tensor, *, clip_low: float | None = Non
     return -advantage * weight * log_ratio
 
 
+def sequence_log_ratio(log_ratio: Tensor, mask: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
+    """The mean log-ratio of its sequence at every position; [B, T] inputs are one sequence per row."""
+    if log_ratio.dim() == 2:
+        sequence_ids = torch.arange(log_ratio.shape[0], device=log_ratio.device)[:, None].expand_as(log_ratio)
+    elif sequence_ids is None:
+        sequence_ids = torch.zeros_like(log_ratio, dtype=torch.int64)
+    flat = sequence_ids.reshape(-1)
+    number = int(flat.max()) + 1 if flat.numel() else 0
+    sums = log_ratio.new_zeros(number).index_add(0, flat, log_ratio.reshape(-1))
+    counts = log_ratio.new_zeros(number).index_add(0, flat, mask.reshape(-1).to(log_ratio.dtype))
+    return (sums / counts.clamp(min=1))[sequence_ids]
+
+
 def _gspo(
     log_ratio: Tensor,
     advantage: Tensor,
@@ -90,15 +103,7 @@ def _gspo(
     **clip: Any,
 ) -> Tensor:
     """arXiv 2507.18071; equals the published objective under `sequence_mean` aggregation."""
-    if log_ratio.dim() == 2:
-        sequence_ids = torch.arange(log_ratio.shape[0], device=log_ratio.device)[:, None].expand_as(log_ratio)
-    elif sequence_ids is None:
-        sequence_ids = torch.zeros_like(log_ratio, dtype=torch.int64)
-    flat = sequence_ids.reshape(-1)
-    number = int(flat.max()) + 1 if flat.numel() else 0
-    sums = log_ratio.new_zeros(number).index_add(0, flat, log_ratio.reshape(-1))
-    counts = log_ratio.new_zeros(number).index_add(0, flat, mask.reshape(-1).to(log_ratio.dtype))
-    mean = (sums / counts.clamp(min=1))[sequence_ids]
+    mean = sequence_log_ratio(log_ratio, mask, sequence_ids)
     return torch.where(mask, _ppo(mean, advantage, **clip), 0.0)
 
 
