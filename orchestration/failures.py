@@ -40,6 +40,7 @@ class LearnerLost(Exception):
 async def within(awaitable: Awaitable[T], seconds: float, what: str) -> T:
     """Await with a deadline. Raises `DeadlineExceeded` that says what was waited for and how long."""
     try:
-        return await asyncio.wait_for(awaitable, seconds)
+        async with asyncio.timeout(seconds):  # not wait_for, which in Python 3.11 may swallow a cancellation
+            return await awaitable
     except TimeoutError:
         raise DeadlineExceeded(f"waited {seconds:.0f} s for {what}") from None

@@ -1,7 +1,7 @@
 """Pools of Ray actors that may die at any time: pick a member, call it with a deadline, replace it when it is lost.
 
 A lost member costs its own calls (`ActorLost`; the controller dispatches them again) and one restart of the budget.
-Members are not restarted by Ray: a new one starts from the checkpoint, fetches the newest weights, and only then serves.
+Ray restarts none: a replacement starts from the checkpoint, fetches the newest weights, and only then serves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from orchestration.failures import ActorLost, DeadlineExceeded, GroupFailed, Poo
 from rollout.request import GroupSummary, RolloutRequest
 
 if TYPE_CHECKING:
-    from learner.group import PublishedWeights
+    from learner.spec import PublishedWeights
     from reward.verdict import Grade
 
 logger = logging.getLogger(__name__)
@@ -211,6 +211,9 @@ class RolloutPool(ActorPool):
                 member, [summary], self._request_timeout_s, f"group {requests[0].group_id} on rollout {member.index}"
             )
             return batch, result
+        except asyncio.CancelledError:
+            member.actor.abort.remote([request.request_id for request in requests])
+            raise
         finally:
             member.in_flight -= len(requests)
             self.changed.set()

@@ -23,7 +23,7 @@ S = 0 allows B groups at the current version and nothing while a step runs: exac
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -58,13 +58,17 @@ class Slots:
     dispatched = outstanding + trained + dropped + failed.
     """
 
-    def __init__(self, batch: int, max_staleness: int, version: int = 0) -> None:
+    def __init__(
+        self, batch: int, max_staleness: int, version: int = 0, outcomes: Mapping[str, int] | None = None
+    ) -> None:
         self.batch = batch
         self.max_staleness = max_staleness
         self.version = version
         """The newest published policy version."""
         self.counts: Counter[str] = Counter()
         """dispatched, trained, requeued, `dropped/<reason>`, `failed/<reason>`"""
+        self.counts.update(outcomes or {})
+        self.counts["dispatched"] = self._ended()
         self._slots: dict[str, Slot] = {}
         self._next_order = 0
 
@@ -158,14 +162,6 @@ class Slots:
         self._check()
         return trained
 
-    def return_to_complete(self) -> list[str]:
-        """The learner died in the step: its groups wait again (their age has not changed)."""
-        returned = self._of(Phase.TRAINING)
-        for slot in returned:
-            slot.phase = Phase.COMPLETE
-        self._check()
-        return [slot.group_id for slot in returned]
-
     def drop(self, group_id: str, reason: str) -> None:
         """Give the group up (`counts["dropped/<reason>"]`); its prompt may be issued again under a new group id."""
         self._remove(group_id, f"dropped/{reason}")
@@ -180,6 +176,12 @@ class Slots:
         del self._slots[slot.group_id]
         self.counts["dispatched"] -= 1
         self.counts["requeued"] += 1
+        self._check()
+
+    def untrain(self, number: int, reason: str) -> None:
+        """So many trained groups were lost with the learner's state since its last checkpoint."""
+        self.counts["trained"] -= number
+        self.counts[f"dropped/{reason}"] += number
         self._check()
 
     def age(self, group_id: str) -> int:
@@ -205,6 +207,9 @@ class Slots:
             number <= (version + self.max_staleness + 1 - step_version) * self.batch
             for number, version in enumerate(sorted(versions), start=1)
         )
+
+    def _ended(self) -> int:
+        return sum(count for key, count in self.counts.items() if key.split("/")[0] in ("trained", "dropped", "failed"))
 
     def _slot(self, group_id: str, phase: Phase) -> Slot:
         slot = self._slots.get(group_id)

@@ -119,7 +119,9 @@ def test_any_interleaving_keeps_the_bound_and_every_group(batch: int, staleness:
             group = generating[choice % len(generating)]
             slots.requeue(group) if choice % 2 else slots.drop(group, "age")
         elif move == 6 and slots.training and choice % 2:
-            slots.return_to_complete()
+            for group in slots.groups(Phase.TRAINING):
+                slots.drop(group, "learner lost")
+            slots.publish(slots.version + 1)
         elif move == 6 and complete:
             slots.fail(complete[choice % len(complete)], "bad trajectory")
     assert all(age <= staleness for age in ages)

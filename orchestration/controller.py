@@ -1,0 +1,327 @@
+"""The algorithm: issue prompts, generate, verify, train, publish; asynchronous with bounded staleness.
+
+    prompts --feed--> rollout --batch ref--> verifier --grades--> complete --next_batch--> learner --publish--+
+       ^                 ^                                                                                     |
+       |                 +----------------------- versioned weights -------------------------------------------+
+       +---- backlog: groups that were lost, dropped for age, or trained by a learner that died before a checkpoint
+
+| task    | waits for                                     | unblocked by                   | deadline            |
+|---------|-----------------------------------------------|--------------------------------|---------------------|
+| feed    | a slot, and a rollout actor with room         | publish, a finished group      | none: it only feeds |
+| produce | its responses, then its grades                | rollout actor, verifier actor  | request_timeout_s   |
+| run     | a batch that leaves no group behind too long  | produce                        | group_deadline_s    |
+| train   | the learner                                   | learner ranks                  | step_timeout_s      |
+
+Invariants: `Slots` proves the staleness bound; every visit of a prompt ends as trained, dropped or failed, and what was
+trained counts only once a checkpoint holds it. The driver moves references and small numbers, never tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from learner.spec import LearnerError, PublishedWeights, ScoredGroup
+from orchestration.config import Config
+from orchestration.dataset import PromptStream, Visit
+from orchestration.failures import ActorLost, GroupFailed
+from orchestration.run_state import RunDirectory, RunState
+from orchestration.slots import Phase, Slots
+from orchestration.step_metrics import FinishedGroup, StepMetrics
+from rollout.request import GroupSummary, RolloutRequest, sample_seed
+
+if TYPE_CHECKING:
+    from reward.verdict import Grade
+
+logger = logging.getLogger(__name__)
+
+PromptIds = Callable[[Visit], tuple[int, ...]]
+MAX_LEARNER_RESTARTS_WITHOUT_PROGRESS = 3
+
+
+class Member(Protocol):
+    """A rollout actor that a group can be dispatched to."""
+
+    version: int
+
+
+class Rollout(Protocol):
+    """The rollout pool, as the controller needs it."""
+
+    changed: asyncio.Event
+
+    def pick(self, accepts_version: Callable[[int], bool]) -> Any | None: ...
+    async def generate(self, member: Any, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]: ...
+    def publish(self, weights: PublishedWeights) -> None: ...
+    def raise_if_broken(self) -> None: ...
+
+
+class Verifier(Protocol):
+    """The verifier pool."""
+
+    async def score(self, batch: Any, gold: str | dict[str, Any], rule: str) -> list[Grade]: ...
+    def raise_if_broken(self) -> None: ...
+
+
+class Learner(Protocol):
+    """The learner group."""
+
+    async def train(self, groups: Sequence[ScoredGroup], version: int) -> dict[str, float]: ...
+    async def publish(self, version: int) -> PublishedWeights: ...
+    async def save(self, directory: Path) -> None: ...
+    async def restart(self, checkpoint: Path | None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a controller drives."""
+
+    stream: PromptStream
+    prompt_ids: PromptIds
+    rollout: Rollout
+    verifier: Verifier
+    learner: Learner
+    directory: RunDirectory
+    after_step: Callable[[int, int, StepMetrics], Awaitable[None]]
+    """(step, version, metrics): tracking, progress, evaluation; may wait (evaluation), must not fail."""
+
+
+class Controller:
+    """One run from its current state to `config.steps`, or to a stop request."""
+
+    def __init__(
+        self, config: Config, parts: Parts, state: RunState | None = None, backlog: Sequence[Visit] = ()
+    ) -> None:
+        self.config = config
+        self.parts = parts
+        self.step = state.step if state else 0
+        self.slots = Slots(
+            config.algorithm.prompts_per_step,
+            config.pipeline.max_staleness,
+            version=state.version if state else 0,
+            outcomes=state.counts if state else None,
+        )
+        self.stopping = False
+        self._changed = parts.rollout.changed
+        self._backlog: deque[Visit] = deque(backlog)
+        """Visits to issue before new ones."""
+        self._visits: dict[str, Visit] = {}
+        """Outstanding, by group id."""
+        self._uncommitted: list[Visit] = []
+        """Trained since the last checkpoint."""
+        self._complete: dict[str, FinishedGroup] = {}
+        self._producers: dict[str, asyncio.Task[None]] = {}
+        self._failure: BaseException | None = None
+        self._learner_restarts = 0
+        self._committed_step = self.step
+        self._metrics = StepMetrics()
+
+    async def run(self) -> None:
+        """Train until `config.steps` or a stop request; a checkpoint holds everything when it returns."""
+        feeder = asyncio.create_task(self._feed(), name="feed")
+        feeder.add_done_callback(self._background_ended)
+        try:
+            while self.step < self.config.steps:
+                group_ids = await self._next_batch()
+                if group_ids is None:
+                    break
+                try:
+                    await self._train(group_ids)
+                    if self.step % self.config.checkpoint.every_steps == 0:
+                        await self.checkpoint()
+                except LearnerError as error:
+                    await self._recover_learner(error)
+        finally:
+            await _cancel(feeder, *self._producers.values())
+        if self.step > self._committed_step:
+            await self.checkpoint()
+
+    def request_stop(self) -> None:
+        """Finish the step in progress, checkpoint, return from `run`."""
+        self.stopping = True
+        self._changed.set()
+
+    async def checkpoint(self) -> None:
+        """Commit the learner's state with the driver's, atomically."""
+        started = _now()
+        with self.parts.directory.new_checkpoint(self._state(), self.config.checkpoint.keep_last) as directory:
+            await self.parts.learner.save(directory / "learner")
+        self._committed_step = self.step
+        self._uncommitted.clear()
+        self._metrics.add("time/checkpoint_s", _now() - started)
+
+    async def _feed(self) -> None:
+        """Start groups as long as slots and rollout actors allow."""
+        while True:
+            while self._wants_more() and (member := self.parts.rollout.pick(self.slots.can_dispatch)):
+                visit = self._backlog.popleft() if self._backlog else next(self.parts.stream)
+                self.slots.dispatch(visit.group_id, member.version)
+                self._visits[visit.group_id] = visit
+                producer = asyncio.create_task(self._produce(visit, member), name=visit.group_id)
+                self._producers[visit.group_id] = producer
+                producer.add_done_callback(self._background_ended)
+            await self._wait_for_change()
+
+    def _wants_more(self) -> bool:
+        """No group is started that the remaining steps could not train."""
+        batch = self.config.algorithm.prompts_per_step
+        in_training = batch if self.slots.training else 0
+        remaining = (self.config.steps - self.step) * batch
+        return not self.stopping and len(self.slots) - in_training < remaining - in_training
+
+    async def _produce(self, visit: Visit, member: Any) -> None:
+        """One group from prompt to complete: generate, verify; or back to the backlog, or failed."""
+        group_id = visit.group_id
+        try:
+            batch, summary = await self.parts.rollout.generate(member, self._requests(visit))
+            grades = await self.parts.verifier.score(batch, visit.row.gold, visit.row.rule)
+        except ActorLost:
+            self.slots.requeue(group_id)
+            self._reissue(group_id)
+        except GroupFailed as failure:
+            logger.error("group %s failed: %s", group_id, failure)
+            self.slots.fail(group_id, "generation or grading")
+            del self._visits[group_id]
+        else:
+            self._complete[group_id] = FinishedGroup(batch, summary, grades, visit)
+            self.slots.complete(group_id, summary.oldest_version)
+        self._changed.set()
+
+    def _requests(self, visit: Visit) -> list[RolloutRequest]:
+        prompt_ids, sampling = self.parts.prompt_ids(visit), self.config.sampling
+        return [
+            RolloutRequest(
+                request_id=f"{visit.group_id}/{index}",
+                group_id=visit.group_id,
+                prompt_id=visit.row.prompt_id,
+                sample_index=index,
+                seed=sample_seed(self.config.seed, visit.row.prompt_id, visit.visit, index),
+                prompt_ids=prompt_ids,
+                thinking=sampling.thinking,
+            )
+            for index in range(self.config.algorithm.group_size)
+        ]
+
+    async def _next_batch(self) -> list[str] | None:
+        """The next groups to train, waiting for those that may not be left behind; None on a stop request."""
+        started = blocked_since = _now()
+        while not self.stopping:
+            self._raise_if_broken()
+            if group_ids := self.slots.next_batch():
+                self._metrics.add("time/learner_wait_s", _now() - started)
+                return group_ids
+            blocking = self.slots.blocking()
+            if not blocking:
+                blocked_since = _now()
+            elif _now() - blocked_since > self.config.pipeline.group_deadline_s:
+                self._drop_for_age(blocking)
+                continue
+            await self._wait_for_change()
+        return None
+
+    def _drop_for_age(self, group_ids: Sequence[str]) -> None:
+        deadline = self.config.pipeline.group_deadline_s
+        for group_id in group_ids:
+            logger.warning("group %s dropped: not finished %.0f s after it became due", group_id, deadline)
+            self._producers.pop(group_id).cancel()
+            self.slots.drop(group_id, "age")
+            self._reissue(group_id)
+
+    async def _train(self, group_ids: list[str]) -> None:
+        """One training step at the current version, and the publication of what it made."""
+        started, version = _now(), self.slots.version
+        finished = [self._complete[group_id] for group_id in group_ids]
+        for group, group_id in zip(finished, group_ids, strict=True):
+            self._metrics.observe(group, self.slots.age(group_id))
+        self.slots.start_training(group_ids)
+        groups = [group.scored(self.config.reward.on_failure) for group in finished]
+        learned = await self.parts.learner.train(groups, version)
+        self._metrics.update(learned)
+        self._metrics.add("time/train_s", _now() - started)
+        await self._publish(version + 1)
+        self.step += 1
+        self._learner_restarts = 0
+        metrics, self._metrics = self._metrics, StepMetrics()
+        metrics.conclude(_now() - started, self.slots.counts, len(self.slots))
+        await self.parts.after_step(self.step, self.slots.version, metrics)
+
+    async def _publish(self, version: int) -> None:
+        """Put the learner's weights into the object store and free the slots of the batch they came from."""
+        started = _now()
+        weights = await self.parts.learner.publish(version)
+        for group_id in self.slots.publish(version):
+            self._uncommitted.append(self._visits.pop(group_id))
+            del self._complete[group_id]
+        self.parts.rollout.publish(weights)
+        self._metrics.add("time/publish_s", _now() - started)
+        self._changed.set()
+
+    async def _recover_learner(self, error: LearnerError) -> None:
+        """Rebuild the learner from the last checkpoint as a new version; what it trained since is issued again."""
+        self._learner_restarts += 1
+        if self._learner_restarts > MAX_LEARNER_RESTARTS_WITHOUT_PROGRESS:
+            raise error
+        logger.error("learner lost at step %d: %s", self.step, error)
+        for group_id in self.slots.groups(Phase.TRAINING):
+            self.slots.drop(group_id, "learner lost")
+            self._reissue(group_id)
+        checkpoint = self.parts.directory.latest_checkpoint()
+        await self.parts.learner.restart(checkpoint / "learner" if checkpoint else None)
+        self.slots.untrain(len(self._uncommitted), "learner lost")
+        self._backlog.extend(self._uncommitted)
+        self._uncommitted.clear()
+        self.step = self._committed_step
+        self._metrics.add("failures/learner_restarts", 1)
+        await self._publish(self.slots.version + 1)
+
+    def _reissue(self, group_id: str) -> None:
+        self._complete.pop(group_id, None)
+        self._backlog.append(self._visits.pop(group_id))
+
+    def _state(self) -> RunState:
+        """The driver's part of a checkpoint: everything issued and not trained is pending."""
+        pending = [*self._backlog, *self._visits.values()]
+        return RunState(
+            step=self.step,
+            version=self.slots.version,
+            stream=self.parts.stream.state(),
+            pending=tuple((visit.row.prompt_id, visit.visit) for visit in pending),
+            counts={key: count for key, count in self.slots.counts.items() if key != "dispatched"},
+        )
+
+    async def _wait_for_change(self) -> None:
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(1.0):
+                await self._changed.wait()
+        except TimeoutError:
+            return  # wakes to look at deadlines
+
+    def _background_ended(self, task: asyncio.Task[None]) -> None:
+        if self._producers.get(task.get_name()) is task:
+            del self._producers[task.get_name()]
+        if not task.cancelled() and task.exception() is not None and self._failure is None:
+            self._failure = task.exception()
+            self._changed.set()
+
+    def _raise_if_broken(self) -> None:
+        self.parts.rollout.raise_if_broken()
+        self.parts.verifier.raise_if_broken()
+        if self._failure is not None:
+            raise self._failure
+
+
+def _now() -> float:
+    """The event loop's clock, in seconds: simulations replace it."""
+    return asyncio.get_running_loop().time()
+
+
+async def _cancel(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,258 @@
+"""The real controller on a simulated clock: rollout, verifier and learner are replaced by their durations.
+
+For what depends on scheduling alone (staleness, conservation under faults, the share of the ideal rate); anything about
+the parts themselves is tested with the real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import selectors
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from learner.spec import LearnerError, PublishedWeights
+from orchestration.config import Config, parse_config
+from orchestration.controller import Controller, Parts
+from orchestration.dataset import PromptRow, PromptStream, Visit
+from orchestration.failures import ActorLost
+from orchestration.run_state import RunDirectory, RunState, load_state
+from orchestration.step_metrics import StepMetrics
+from reward.verdict import Grade, Verdict
+from rollout.request import GroupSummary, RolloutRequest
+from rollout.weights import WeightManifest
+
+
+class SimulatedLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer instead of waiting."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        super().__init__(_JumpingSelector(self))
+
+    def time(self) -> float:
+        return self.now
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    def __init__(self, loop: SimulatedLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list:
+        ready = super().select(0)
+        if not ready and timeout:
+            self._loop.now += timeout
+        return ready
+
+
+@dataclass
+class SimulatedActor:
+    """A continuous-batching engine: every running response advances one token per step."""
+
+    index: int
+    version: int = 0
+    in_flight: int = 0
+
+
+@dataclass
+class Timing:
+    """Durations in seconds; lengths are log-normal (sigma, mean, cap in tokens)."""
+
+    sigma: float = 0.8
+    mean_length: int = 400
+    cap: int = 1600
+    base_step_s: float = 0.006
+    step_per_response_s: float = 0.00004
+    train_s: float = 10.0
+    sync_s: float = 0.05
+
+    def draw_length(self, rng: random.Random) -> int:
+        mu = math.log(self.mean_length) - self.sigma**2 / 2
+        return max(1, min(self.cap, round(rng.lognormvariate(mu, self.sigma))))
+
+
+class SimulatedRollout:
+    """Rollout pool: lengths from a distribution, tokens at the engine's rate, weights after a delay."""
+
+    def __init__(self, actors: int, slots_per_actor: int, timing: Timing, rng: random.Random) -> None:
+        self.changed = asyncio.Event()
+        self.actors = [SimulatedActor(index) for index in range(actors)]
+        self.slots_per_actor, self.timing, self.rng = slots_per_actor, timing, rng
+        self.lose: Callable[[str], bool] = lambda group_id: False
+        self.generated_tokens = 0
+        self.busy_s = 0.0
+
+    def raise_if_broken(self) -> None:
+        return
+
+    def pick(self, accepts_version: Callable[[int], bool]) -> SimulatedActor | None:
+        free = [a for a in self.actors if a.in_flight < self.slots_per_actor and accepts_version(a.version)]
+        return min(free, key=lambda actor: (actor.in_flight, actor.index), default=None)
+
+    async def generate(self, member: SimulatedActor, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
+        started = member.version
+        member.in_flight += len(requests)
+        try:
+            lengths = [self.timing.draw_length(self.rng) for _ in requests]
+            await self._decode(member, max(lengths))
+            if self.lose(requests[0].group_id):
+                raise ActorLost("simulated")
+        finally:
+            member.in_flight -= len(requests)
+            self.changed.set()
+        self.generated_tokens += sum(lengths)
+        summary = GroupSummary(
+            group_id=requests[0].group_id,
+            request_ids=tuple(request.request_id for request in requests),
+            lengths=tuple(lengths),
+            soft_lengths=tuple(lengths),
+            oldest_version=started,
+            newest_version=member.version,
+            num_truncated=0,
+            entropy=0.5,
+            top_weight=0.9,
+            seconds=1.0,
+        )
+        return requests[0].group_id, summary
+
+    async def _decode(self, member: SimulatedActor, tokens: int) -> None:
+        """The group's longest response, at a rate that follows the actor's load (ten looks are enough)."""
+        for _ in range(10):
+            step = self.timing.base_step_s + self.timing.step_per_response_s * member.in_flight
+            await asyncio.sleep(tokens / 10 * step)
+
+    def publish(self, weights: PublishedWeights) -> None:
+        for actor in self.actors:
+            asyncio.get_running_loop().call_later(self.timing.sync_s, self._swap, actor, weights.manifest.version)
+
+    def _swap(self, actor: SimulatedActor, version: int) -> None:
+        actor.version = max(actor.version, version)
+        self.changed.set()
+
+
+class SimulatedVerifier:
+    """Every other answer is right."""
+
+    def raise_if_broken(self) -> None:
+        return
+
+    async def score(self, batch: Any, gold: Any, rule: str) -> list[Grade]:
+        await asyncio.sleep(0.01)
+        return [Grade(Verdict.CORRECT, 1.0), Grade(Verdict.INCORRECT, 0.0)]
+
+
+@dataclass
+class SimulatedLearner:
+    """Takes `train_s` for a step; remembers what it trained, saves and restores that."""
+
+    timing: Timing
+    trained: list[str] = field(default_factory=list)
+    ages: list[int] = field(default_factory=list)
+    busy_s: float = 0.0
+    die: Callable[[], bool] = lambda: False
+
+    async def train(self, groups: Sequence[Any], version: int) -> dict[str, float]:
+        await asyncio.sleep(self.timing.train_s)
+        if self.die():
+            raise LearnerError("rank 0 died in train (simulated)")
+        self.busy_s += self.timing.train_s
+        self.trained += [group.group_id for group in groups]
+        return {"loss/policy": 0.0}
+
+    async def publish(self, version: int) -> PublishedWeights:
+        return PublishedWeights(WeightManifest(version, (), (), ()), ())
+
+    async def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True)
+        (directory / "trained.txt").write_text("\n".join(self.trained), encoding="utf-8")
+
+    async def restart(self, checkpoint: Path | None) -> dict[str, float]:
+        self.trained = (checkpoint / "trained.txt").read_text(encoding="utf-8").split("\n") if checkpoint else []
+        return {}
+
+
+def simulated_config(tmp_path: Path, **changes: Any) -> Config:
+    """A recipe of the given batch, staleness and steps; sections as dotted keys."""
+    tree: dict[str, Any] = {
+        "name": "simulation",
+        "output_dir": str(tmp_path / "run"),
+        "model": {"path": "none"},
+        "data": {"train": {"path": "none"}},
+        "algorithm": {"group_size": 2, "prompts_per_step": 4},
+        "steps": 10,
+    }
+    for key, value in changes.items():
+        *sections, leaf = key.split("__")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return parse_config(tree, "simulation")
+
+
+@dataclass
+class Simulation:
+    """One simulated run; `run()` may raise what the controller raises."""
+
+    config: Config
+    actors: int = 2
+    slots_per_actor: int = 64
+    timing: Timing = field(default_factory=Timing)
+    seed: int = 0
+    prompts: int = 1000
+    prepare: Callable[[Simulation], None] = lambda simulation: None
+    resume: bool = False
+
+    def run(self) -> Simulation:
+        self.loop = SimulatedLoop()
+        try:
+            self.loop.run_until_complete(self._run())
+        finally:
+            self.elapsed_s = self.loop.now
+            self.loop.close()
+        return self
+
+    async def _run(self) -> None:
+        rng = random.Random(self.seed)
+        rows = [
+            PromptRow(f"p{i}", ({"role": "user", "content": "q"},), "1", "s", "math", i) for i in range(self.prompts)
+        ]
+        stream = PromptStream(rows, seed=0)
+        self.directory = RunDirectory(Path(self.config.output_dir or ""))
+        self.directory.create(self.config, resume=self.resume)
+        self.rollout = SimulatedRollout(self.actors, self.slots_per_actor, self.timing, rng)
+        self.learner = SimulatedLearner(self.timing)
+        state, backlog = await self._restore(stream, {row.prompt_id: row for row in rows})
+        self.ages: list[int] = []
+        parts = Parts(
+            stream=stream,
+            prompt_ids=lambda visit: (1, 2, 3),
+            rollout=self.rollout,
+            verifier=SimulatedVerifier(),
+            learner=self.learner,
+            directory=self.directory,
+            after_step=self._after_step,
+        )
+        self.controller = Controller(self.config, parts, state, backlog)
+        if state:
+            self.rollout.publish(SimpleNamespace(manifest=SimpleNamespace(version=state.version)))
+        self.prepare(self)
+        await self.controller.run()
+
+    async def _restore(self, stream: PromptStream, rows: dict[str, PromptRow]) -> tuple[RunState | None, list[Visit]]:
+        checkpoint = self.directory.latest_checkpoint()
+        if checkpoint is None:
+            return None, []
+        state = load_state(checkpoint)
+        stream.restore(state.stream)
+        await self.learner.restart(checkpoint / "learner")
+        return state, [Visit(rows[prompt_id], visit) for prompt_id, visit in state.pending]
+
+    async def _after_step(self, step: int, version: int, metrics: StepMetrics) -> None:
+        self.ages += metrics.ages

@@ -1,0 +1,144 @@
+"""The controller's promises under faults and any timing, on a simulated clock."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from learner.spec import LearnerError
+from tests.orchestration.simulation import Simulation, Timing, simulated_config
+
+
+class Killed(BaseException):
+    """The driver is gone: nothing of it runs any more."""
+
+
+def test_bound_zero_alternates_generation_and_training(tmp_path: Path) -> None:
+    config = simulated_config(tmp_path, pipeline__max_staleness=0, steps=5)
+    simulation = Simulation(config).run()
+    assert simulation.ages == [0] * 20
+    assert simulation.learner.trained == list(dict.fromkeys(simulation.learner.trained))
+    assert simulation.controller.slots.counts["trained"] == 20
+    assert simulation.controller.slots.counts["dispatched"] == 20, "nothing is started that no step could train"
+
+
+def test_asynchrony_overlaps_generation_and_training(tmp_path: Path) -> None:
+    runs = {}
+    for bound in (0, 2):
+        config = simulated_config(tmp_path / str(bound), pipeline__max_staleness=bound, steps=30)
+        runs[bound] = Simulation(config, timing=Timing(train_s=4.0)).run()
+    assert runs[2].elapsed_s < 0.75 * runs[0].elapsed_s
+    assert max(runs[2].ages) <= 2
+
+
+def test_lost_groups_come_back_and_nothing_is_trained_twice(tmp_path: Path) -> None:
+    lost: Counter[str] = Counter()
+
+    def lose_sometimes(simulation: Simulation) -> None:
+        rng = random.Random(1)
+
+        def lose(group_id: str) -> bool:
+            lost[group_id] += 1
+            return lost[group_id] == 1 and rng.random() < 0.3
+
+        simulation.rollout.lose = lose
+
+    config = simulated_config(tmp_path, steps=20)
+    simulation = Simulation(config, prepare=lose_sometimes).run()
+    trained = simulation.learner.trained
+    assert max(lost.values()) == 2
+    assert len(trained) == len(set(trained)) == 80
+    assert simulation.controller.slots.counts["requeued"] > 0
+
+
+def test_learner_death_repeats_at_most_the_steps_since_the_checkpoint(tmp_path: Path) -> None:
+    deaths = []
+
+    def die_once(simulation: Simulation) -> None:
+        def die() -> bool:
+            if len(simulation.learner.trained) >= 28 and not deaths:
+                deaths.append(simulation.controller.step)
+                return True
+            return False
+
+        simulation.learner.die = die
+
+    config = simulated_config(tmp_path, steps=12, checkpoint__every_steps=5)
+    simulation = Simulation(config, prepare=die_once).run()
+    assert deaths == [7]
+    trained = simulation.learner.trained
+    assert len(trained) == len(set(trained)) == 48, "the two steps since the checkpoint were repeated, not added"
+    assert simulation.controller.slots.counts["dropped/learner lost"] == 4 + 2 * 4
+    assert max(simulation.ages) <= 2
+
+
+def test_a_learner_that_keeps_dying_ends_the_run(tmp_path: Path) -> None:
+    config = simulated_config(tmp_path, steps=3)
+    with pytest.raises(LearnerError, match="rank 0 died"):
+        Simulation(config, prepare=lambda s: setattr(s.learner, "die", lambda: True)).run()
+
+
+def test_a_group_that_never_finishes_is_dropped_for_age_and_issued_again(tmp_path: Path) -> None:
+    seen: Counter[str] = Counter()
+
+    def hang_first(simulation: Simulation) -> None:
+        decode = simulation.rollout._decode
+
+        async def slow(member, tokens):
+            seen["groups"] += 1
+            await decode(member, tokens if seen["groups"] != 3 else 10**9)
+
+        simulation.rollout._decode = slow
+
+    config = simulated_config(tmp_path, steps=8, pipeline__max_staleness=1, pipeline__group_deadline_s=50.0)
+    simulation = Simulation(config, prepare=hang_first).run()
+    assert simulation.controller.slots.counts["dropped/age"] == 1
+    assert len(set(simulation.learner.trained)) == 32
+
+
+def test_stop_request_leaves_a_checkpoint_with_everything(tmp_path: Path) -> None:
+    def stop_later(simulation: Simulation) -> None:
+        simulation.loop.call_later(55.0, simulation.controller.request_stop)
+
+    config = simulated_config(tmp_path, steps=50, checkpoint__every_steps=50)
+    first = Simulation(config, prepare=stop_later).run()
+    assert 0 < first.controller.step < 50
+    second = Simulation(config, resume=True).run()
+    trained = second.learner.trained
+    assert trained[: len(first.learner.trained)] == first.learner.trained, "no step is repeated after a graceful stop"
+    assert len(trained) == len(set(trained)) == 200
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_kill_at_any_moment_then_resume_commits_every_prompt_once(data: st.DataObject, tmp_path_factory) -> None:
+    """30 random kills: over a complete pass every prompt id is committed exactly once."""
+    tmp_path = tmp_path_factory.mktemp("kill")
+    config = simulated_config(tmp_path, steps=15, checkpoint__every_steps=data.draw(st.integers(1, 6)))
+    kills = data.draw(st.lists(st.floats(0.0, 180.0), min_size=1, max_size=3))
+    simulation = None
+    for kill_at in [*kills, None]:
+
+        def kill_later(simulation: Simulation, kill_at: float | None = kill_at) -> None:
+            def kill() -> None:
+                raise Killed
+
+            if kill_at is not None:
+                simulation.loop.call_later(kill_at, kill)
+
+        simulation = Simulation(
+            config, prompts=60, prepare=kill_later, seed=len(kills), resume=kill_at is None or simulation is not None
+        )
+        try:
+            simulation.run()
+        except Killed:
+            continue
+    assert simulation is not None
+    assert Counter(simulation.learner.trained).most_common(1)[0][1] == 1
+    assert len(simulation.learner.trained) == 60, "15 steps of 4 groups are one pass over 60 prompts"
+    assert max(simulation.ages, default=0) <= 2
