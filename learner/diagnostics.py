@@ -28,7 +28,7 @@ _SOFT_SUMS = ("soft_count", "active_candidates", "top_weight", "single_candidate
 _LOSS_SUMS = ("policy_loss", "kl_loss", "entropy_loss", "importance_weight")
 
 SUMS = tuple(f"{part}/{name}" for part in PARTS for name in _PART_SUMS) + _SOFT_SUMS + _LOSS_SUMS
-MAXIMA = tuple(f"{part}/gap_max" for part in PARTS) + ("ratio_max",)
+MAXIMA = ("ratio_max", *(f"{part}/gap_max" for part in PARTS))
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,8 @@ def objective(
 ) -> tuple[Tensor, Statistics]:
     """Local loss (a scalar) and statistics of one packed pass.
 
-    hidden [N, d] are the hidden states of `batch.rows`, weight [V, d] the head; `reference_weight` [V, d] is the head of
-    the reference policy, needed by `kl_estimator: exact` where discrete positions are scored.
+    hidden [N, d] are the hidden states of `batch.rows`, weight [V, d] the head; `reference_weight` [V, d] is the head
+    of the reference policy, needed by `kl_estimator: exact` where discrete positions are scored.
     """
     soft, other = _rows_by_kind(batch)
     support = torch.ones_like(batch.retained) if settings.likelihood == "reference" else batch.retained
