@@ -64,13 +64,17 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(0)
 
 
-def apply_limits(limits: Limits) -> int:
-    """Level 1 for this process; the address-space limit in bytes is returned."""
+def apply_limits(limits: Limits, *, may_write: bool = False) -> int:
+    """Level 1 for this process; the address-space limit in bytes is returned.
+
+    `may_write` is for a process that hands files in memory to a program, which then loses that right itself.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     address_space = address_space_bytes() + limits.memory_bytes()
     resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
     resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, MAX_OPEN_FILES))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    if not may_write:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return address_space
 

@@ -1,0 +1,131 @@
+"""Inside one child: answer requests one by one until told otherwise, or killed.
+
+A request is a JSON object with a `task`; a reply has `verdict`, `detail`, `reward` (None: 1 if correct, else 0) and
+`retire` (this process should not be used again).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import math
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from reward import code_tests, confinement
+from reward.extraction import Answer
+from reward.math import check_gold, compare
+from reward.verdict import Verdict
+from reward.wire import FrameReader, Message, encode
+
+MAX_DETAIL_CHARS = 4000
+_SUSPICIOUS_SHARE = 0.5
+"""Of the memory limit: math-verify swallows MemoryError, so a negative verdict above it is not believed."""
+
+
+def import_graders() -> None:
+    """Import what children need, once, in the process that they are forked from."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    import math_verify
+    import sympy
+
+    math_verify.verify(math_verify.parse("$x+1$", parsing_timeout=None), sympy.Integer(2), timeout_seconds=None)
+
+
+def run(connection: socket.socket, limits: confinement.Limits, user_rule: str | None, *, confined: bool) -> None:
+    """Serve one connection in this freshly forked process; a confined one runs a single model-written program."""
+    if confined and confinement.enter_namespaces():
+        parent = os.getpid()
+        init = os.fork()
+        if init:
+            connection.close()
+            _exit_like(os.waitpid(init, 0)[1])
+        # The first process of the new namespaces: its death, and so its parent's, ends all others in there.
+        confinement.die_with_parent(0 if os.getppid() == 0 else parent)
+        confinement.seal_file_system()
+    if confined or user_rule is None:
+        os.chdir("/")
+    ceiling = confinement.apply_limits(limits, may_write=confined)
+    serve(connection, limits, user_rule, ceiling, once=confined)
+    os._exit(0)
+
+
+def serve(
+    connection: socket.socket, limits: confinement.Limits, user_rule: str | None, ceiling: int, *, once: bool
+) -> None:
+    """Answer until the verifier closes the connection; `ceiling` is the address-space limit in bytes."""
+    frames = FrameReader()
+    while data := connection.recv(1 << 16):
+        for request in frames.feed(data):
+            confinement.limit_cpu(limits)
+            reply = _answer(request, user_rule)
+            used = confinement.peak_address_space_bytes() - (ceiling - limits.memory_bytes())
+            if used > _SUSPICIOUS_SHARE * limits.memory_bytes():
+                reply["retire"] = True
+                if reply["verdict"] in (Verdict.INCORRECT, Verdict.UNPARSEABLE) and request["task"] == "math":
+                    reply["verdict"] = Verdict.OUT_OF_MEMORY
+                    reply["detail"] = f"{used >> 20} MB of the limit of {limits.memory_mb} MB were mapped"
+            connection.sendall(encode(reply))
+            if once:
+                return
+
+
+def _answer(request: Message, user_rule: str | None) -> Message:
+    """The reply to one request; the boundary at which every failure becomes a verdict."""
+    try:
+        return _TASKS[request["task"]](request, user_rule)
+    except MemoryError:
+        return {"verdict": Verdict.OUT_OF_MEMORY, "detail": "the memory limit was met", "retire": True}
+    except Exception:
+        return {"verdict": Verdict.CRASH, "detail": traceback.format_exc()[-MAX_DETAIL_CHARS:], "retire": True}
+
+
+def _compare(request: Message, _: str | None) -> Message:
+    return {"verdict": compare(request["answer"], request["gold"])}
+
+
+def _check_gold(request: Message, _: str | None) -> Message:
+    problem = check_gold(request["gold"])
+    return {"verdict": Verdict.INCORRECT if problem else Verdict.CORRECT, "detail": problem or ""}
+
+
+def _program(request: Message, _: str | None) -> Message:
+    verdict, detail = code_tests.run_tests(request["program"], code_tests.read_tests(request["gold"]))
+    return {"verdict": verdict, "detail": detail[-MAX_DETAIL_CHARS:]}
+
+
+def _user(request: Message, user_rule: str | None) -> Message:
+    reward = load_user_rule(user_rule or "")(Answer(**request["answer"]), request["gold"])
+    value = float(reward)
+    if not math.isfinite(value):
+        raise ValueError(f"{user_rule} returned {reward!r}; a reward is a finite number")
+    return {"verdict": Verdict.CORRECT if value > 0 else Verdict.INCORRECT, "reward": value}
+
+
+@functools.cache
+def load_user_rule(name: str) -> Callable[[Answer, Any], float]:
+    """The function `module:function`."""
+    module, _, function = name.partition(":")
+    rule: Callable[[Answer, Any], float] = getattr(importlib.import_module(module), function)
+    return rule
+
+
+_TASKS: dict[str, Callable[[Message, str | None], Message]] = {
+    "math": _compare,
+    "check_gold": _check_gold,
+    "code": _program,
+    "user": _user,
+}
+
+
+def _exit_like(status: int) -> None:
+    """End as the process that we stood in for did."""
+    if os.WIFSIGNALED(status):
+        os.kill(os.getpid(), os.WTERMSIG(status))
+        signal.pause()
+    os._exit(os.waitstatus_to_exitcode(status))

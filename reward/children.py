@@ -1,0 +1,167 @@
+"""The verifier's handles on its fork server and on one child."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from reward.confinement import scrubbed_environment
+from reward.fork_server import MAX_CONTROL_BYTES, ServerOptions
+from reward.wire import FrameReader, Message, encode
+
+START_TIMEOUT_S = 120.0
+CONTROL_TIMEOUT_S = 30.0
+_SLOW_NICENESS = 10
+_BOOTSTRAP = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from reward.fork_server import start; start({fd}, sys.argv[2])"
+
+
+class ServerDiedError(RuntimeError):
+    """The fork server is gone; its children are gone with it."""
+
+
+class ForkServer:
+    """The process that children are forked from; used by one thread only."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        self._control, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        bootstrap = _BOOTSTRAP.format(fd=remote.fileno())
+        path = [entry or os.getcwd() for entry in sys.path]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", bootstrap, json.dumps(path), json.dumps(asdict(options))],
+            env=scrubbed_environment(),
+            pass_fds=[remote.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        remote.close()
+        self._control.settimeout(START_TIMEOUT_S)
+        self._receive()
+        self._control.settimeout(CONTROL_TIMEOUT_S)
+
+    @property
+    def pid(self) -> int:
+        """Of the server process."""
+        return self._process.pid
+
+    def spawn(self, *, confined: bool) -> Child:
+        """A new child, ready to be asked."""
+        local, remote = socket.socketpair()
+        request = json.dumps({"op": "spawn", "confined": confined}).encode()
+        try:
+            socket.send_fds(self._control, [request], [remote.fileno()])
+        except OSError as error:
+            local.close()
+            raise ServerDiedError(f"the fork server does not take requests: {error}") from error
+        finally:
+            remote.close()
+        local.setblocking(False)
+        return Child(self._receive()["pid"], local, confined)
+
+    def kill(self, child: Child) -> None:
+        """SIGKILL to the child's process group; reaped later."""
+        child.connection.close()
+        self._send({"op": "kill", "pid": child.pid})
+
+    def final_status(self, child: Child) -> str:
+        """How a child that closed its connection ended, for humans."""
+        child.connection.close()
+        self._send({"op": "wait", "pid": child.pid})
+        status = self._receive()["status"]
+        if os.WIFSIGNALED(status):
+            return signal.Signals(os.WTERMSIG(status)).name
+        return f"exit status {os.waitstatus_to_exitcode(status)}"
+
+    def close(self) -> None:
+        """End the server and all children."""
+        self._control.close()
+        try:
+            self._process.wait(CONTROL_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(CONTROL_TIMEOUT_S)
+
+    def _send(self, request: Message) -> None:
+        try:
+            self._control.send(json.dumps(request).encode())
+        except OSError as error:
+            raise ServerDiedError(f"the fork server does not take requests: {error}") from error
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            data = self._control.recv(MAX_CONTROL_BYTES)
+        except OSError as error:
+            raise ServerDiedError(f"the fork server did not answer in {self._control.gettimeout()} s") from error
+        if not data:
+            raise ServerDiedError("the fork server ended; its error is on the standard error of this process")
+        reply: dict[str, Any] = json.loads(data)
+        return reply
+
+
+@dataclass(eq=False)
+class Child:
+    """A grader process: at most one request in flight."""
+
+    pid: int
+    connection: socket.socket
+    confined: bool
+    num_answers: int = 0
+    slow: bool = False
+    """Past its patience: runs at low priority beside a substitute."""
+    started: float = 0.0
+    _frames: FrameReader = field(default_factory=FrameReader)
+    _unsent: deque[memoryview] = field(default_factory=deque)
+
+    def ask(self, request: Message) -> None:
+        """Begin a request; call `flush` while `has_unsent`."""
+        self.started = time.monotonic()
+        self._unsent.append(memoryview(encode(request)))
+        self.flush()
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether part of the request still waits for room in the socket."""
+        return bool(self._unsent)
+
+    def flush(self) -> None:
+        """Send what the socket takes; a broken connection shows up in `receive`."""
+        while self._unsent:
+            try:
+                sent = self.connection.send(self._unsent[0])
+            except BlockingIOError:
+                return
+            except OSError:
+                self._unsent.clear()
+                return
+            rest = self._unsent[0][sent:]
+            if rest:
+                self._unsent[0] = rest
+            else:
+                self._unsent.popleft()
+
+    def receive(self) -> Message | None:
+        """A complete reply, or None if it is not there yet. Raises EOFError when the child is gone."""
+        try:
+            data = self.connection.recv(1 << 16)
+        except BlockingIOError:
+            return None
+        except ConnectionError as error:
+            raise EOFError from error
+        if not data:
+            raise EOFError
+        replies = self._frames.feed(data)
+        return replies[0] if replies else None
+
+    def yield_processor(self) -> None:
+        """Lower the priority of the child's process group for good."""
+        self.slow = True
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.setpriority(os.PRIO_PGRP, self.pid, _SLOW_NICENESS)

@@ -1,0 +1,281 @@
+"""A pool of warm, killable grader processes; the wall-clock deadline belongs to the parent.
+
+    submit(job) -> Future          one dispatcher thread, one request in flight per child
+       queue --> idle child --frame--> reply --> Future
+                      |-- deadline passed: Future = timeout, SIGKILL to the process group, a new fork (milliseconds)
+                      |-- died:            Future = crash (signal or exit status), a new fork
+                      `-- slow while others wait: lower priority, and a substitute beside it
+
+Invariants: every job's future is resolved exactly once, at most `deadline_s` (plus scheduling) after the job reached a
+child; a child serves at most `recycle_after` jobs; confined jobs (model-written programs) never share a process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from reward.children import Child, ForkServer, ServerDiedError
+from reward.confinement import Limits
+from reward.fork_server import ServerOptions
+from reward.verdict import Verdict
+from reward.wire import Message, WireError
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 0.25
+"""A child busy for longer gets a substitute if others wait: a few bombs must not stop a pool of two."""
+MAX_SLOW = 6
+"""Slow children with substitutes, per pool; each may use the whole memory limit."""
+MAX_SERVER_DEATHS = 5
+_CLOSE_TIMEOUT_S = 60.0
+
+
+class SandboxError(RuntimeError):
+    """The pool cannot grade any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request for a child."""
+
+    payload: Message
+    confined: bool = False
+    """In a process of its own, isolated: for programs written by a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a job."""
+
+    verdict: Verdict
+    seconds: float
+    """From the hand-over to a child until the verdict."""
+    detail: str = ""
+    reward: float | None = None
+    """Given by a user's rule; otherwise the verdict decides."""
+
+
+class Sandbox:
+    """Grader children and the thread that watches them; safe to use from several threads."""
+
+    def __init__(
+        self, limits: Limits, *, processes: int = 1, recycle_after: int = 2000, user_rule: str | None = None
+    ) -> None:
+        self._dispatcher = _Dispatcher(limits, processes, recycle_after, user_rule)
+        self._dispatcher.start()
+
+    def submit(self, job: Job) -> Future[Outcome]:
+        """Queue a job; the future always gets an `Outcome`, or `SandboxError` if the pool is broken or closed."""
+        return self._dispatcher.submit(job)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start."""
+        return self._dispatcher.stats()
+
+    def close(self) -> None:
+        """Kill all children and end the thread."""
+        self._dispatcher.close()
+
+
+class _Dispatcher(threading.Thread):
+    def __init__(self, limits: Limits, processes: int, recycle_after: int, user_rule: str | None) -> None:
+        super().__init__(name="sandbox-dispatcher", daemon=True)
+        self._limits, self._processes, self._recycle_after = limits, processes, recycle_after
+        self._options = ServerOptions(limits.memory_mb, limits.deadline_s, user_rule)
+        self._server = ForkServer(self._options)
+        self._selector = selectors.DefaultSelector()
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_writer, False)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
+        self._lock = threading.Lock()
+        self._queue: deque[tuple[Job, Future[Outcome]]] = deque()
+        self._closing = False
+        self._broken: str | None = None
+        self._idle: list[Child] = []
+        self._busy: dict[Child, Future[Outcome]] = {}
+        self._counts = dict.fromkeys(("jobs", "children_started", "children_killed", "children_died", "server_deaths"), 0)
+
+    def submit(self, job: Job) -> Future[Outcome]:
+        future: Future[Outcome] = Future()
+        with self._lock:
+            if self._closing or self._broken:
+                future.set_exception(SandboxError(self._broken or "the sandbox is closed"))
+                return future
+            self._queue.append((job, future))
+        self._wake()
+        return future
+
+    def stats(self) -> dict[str, int]:
+        return {**self._counts, "children": len(self._idle) + len(self._busy), "server_pid": self._server.pid}
+
+    def close(self) -> None:
+        with self._lock:
+            self._closing = True
+        self._wake()
+        self.join(_CLOSE_TIMEOUT_S)
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_writer, b"w")
+        except BlockingIOError:
+            pass  # the pipe is full of wake-ups already
+
+    def run(self) -> None:
+        try:
+            while not self._closing:
+                try:
+                    self._step()
+                except ServerDiedError as error:
+                    self._restart_server(error)
+        except Exception as error:  # the thread's boundary: whoever waits for a future must hear of it
+            logger.exception("the sandbox dispatcher failed")
+            self._broken = f"the sandbox dispatcher failed: {error!r}"
+        finally:
+            self._shut_down()
+
+    def _step(self) -> None:
+        self._hand_out()
+        for key, events in self._selector.select(self._next_event_s()):
+            if key.data is None:
+                os.read(self._wake_reader, 4096)
+                continue
+            child: Child = key.data
+            if events & selectors.EVENT_WRITE:
+                child.flush()
+                self._watch(child)
+            if events & selectors.EVENT_READ:
+                self._read(child)
+        self._enforce_deadlines()
+
+    def _hand_out(self) -> None:
+        """Give queued jobs to children while there is room."""
+        while self._queue and self._has_room():
+            job, future = self._queue[0]
+            child = self._child_for(job)
+            self._queue.popleft()
+            self._busy[child] = future
+            self._counts["jobs"] += 1
+            child.ask(job.payload)
+            self._watch(child)
+        while not self._queue and len(self._idle) > self._processes:
+            self._discard(self._idle.pop())
+
+    def _has_room(self) -> bool:
+        slow = sum(child.slow for child in self._busy)
+        return len(self._busy) - min(slow, MAX_SLOW) < self._processes
+
+    def _child_for(self, job: Job) -> Child:
+        if self._idle and not job.confined:
+            return self._idle.pop()
+        child = self._server.spawn(confined=job.confined)
+        self._counts["children_started"] += 1
+        self._selector.register(child.connection, selectors.EVENT_READ, child)
+        return child
+
+    def _watch(self, child: Child) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if child.has_unsent else 0)
+        self._selector.modify(child.connection, events, child)
+
+    def _next_event_s(self) -> float | None:
+        """Seconds until a deadline, or until a busy child becomes slow; None if nothing is due."""
+        now = time.monotonic()
+        due = [child.started + self._limits.deadline_s for child in self._busy]
+        if self._queue:
+            due += [child.started + PATIENCE_S for child in self._busy if not child.slow]
+        return max(0.0, min(due) - now) if due else None
+
+    def _read(self, child: Child) -> None:
+        try:
+            reply = child.receive()
+        except EOFError:
+            self._bury(child)
+            return
+        except WireError as error:
+            self._finish(child, Verdict.CRASH, f"the child answered nonsense: {error}")
+            self._discard(child)
+            return
+        if reply is None or child not in self._busy:
+            return
+        child.num_answers += 1
+        self._finish(child, *_read_reply(reply))
+        if child.confined or child.slow or reply.get("retire") or child.num_answers >= self._recycle_after:
+            self._discard(child)
+        else:
+            self._idle.append(child)
+
+    def _enforce_deadlines(self) -> None:
+        now = time.monotonic()
+        for child in list(self._busy):
+            busy_s = now - child.started
+            if busy_s >= self._limits.deadline_s:
+                self._finish(child, Verdict.TIMEOUT, f"no verdict within {self._limits.deadline_s:g} s; killed")
+                self._discard(child)
+            elif self._queue and busy_s >= PATIENCE_S and not child.slow:
+                child.yield_processor()
+
+    def _finish(self, child: Child, verdict: Verdict, detail: str = "", reward: float | None = None) -> None:
+        future = self._busy.pop(child)
+        future.set_result(Outcome(verdict, time.monotonic() - child.started, detail, reward))
+
+    def _bury(self, child: Child) -> None:
+        """A child that closed its connection: tell why, if somebody waited."""
+        self._selector.unregister(child.connection)
+        self._counts["children_died"] += 1
+        ending = self._server.final_status(child)
+        if child in self._busy:
+            verdict = Verdict.TIMEOUT if ending == "SIGXCPU" else Verdict.CRASH
+            self._finish(child, verdict, f"the grader process ended with {ending}")
+        else:
+            self._idle.remove(child)
+
+    def _discard(self, child: Child) -> None:
+        self._selector.unregister(child.connection)
+        self._counts["children_killed"] += 1
+        self._server.kill(child)
+
+    def _restart_server(self, error: ServerDiedError) -> None:
+        """All children went with the server: their jobs crashed; the queue goes on with a new one."""
+        self._counts["server_deaths"] += 1
+        logger.warning("verifier fork server lost (%s), %d jobs in flight", error, len(self._busy))
+        for child in [*self._busy, *self._idle]:
+            if child.connection.fileno() >= 0:
+                self._selector.unregister(child.connection)
+                child.connection.close()
+        for child in list(self._busy):
+            self._finish(child, Verdict.CRASH, f"the fork server died: {error}")
+        self._idle.clear()
+        self._server.close()
+        if self._counts["server_deaths"] >= MAX_SERVER_DEATHS:
+            raise SandboxError(f"the fork server died {MAX_SERVER_DEATHS} times; the last time: {error}")
+        self._server = ForkServer(self._options)
+
+    def _shut_down(self) -> None:
+        with self._lock:
+            self._closing = True
+            waiting = [future for _, future in self._queue] + list(self._busy.values())
+            self._queue.clear()
+        self._busy.clear()
+        self._server.close()
+        for future in waiting:
+            future.set_exception(SandboxError(self._broken or "the sandbox was closed"))
+        self._selector.close()
+        os.close(self._wake_reader)
+
+
+def _read_reply(reply: Message) -> tuple[Verdict, str, float | None]:
+    """Check what a child says before believing it."""
+    reward: Any = reply.get("reward")
+    detail = str(reply.get("detail", ""))
+    try:
+        verdict = Verdict(reply.get("verdict"))
+        return verdict, detail, None if reward is None else float(reward)
+    except (TypeError, ValueError) as error:
+        return Verdict.CRASH, f"the child answered nonsense: {error}", None
