@@ -75,6 +75,8 @@ class PodSize:
 
 def render(config: Config, shape: ClusterShape) -> list[Manifest]:
     """All documents, in the order in which to apply them. Raises `ConfigError` where pods cannot express the pools."""
+    if not PurePosixPath(shape.mount).is_absolute():
+        raise ConfigError(f"--mount {shape.mount}: give an absolute path")
     name = kubernetes_name(config.name)
     sizes = pod_sizes(config, shape)
     if shape.image is None:
@@ -224,6 +226,8 @@ def _worker_group(size: PodSize, shape: ClusterShape, name: str) -> Manifest:
     container = _container("ray-worker", image, resources, shape, WORKER_DRAIN_S)
     container["livenessProbe"] = _probe(52365, "/api/local_raylet_healthz", period_s=10, failures=60)
     container["readinessProbe"] = _probe(52365, "/api/local_raylet_healthz", period_s=5, failures=10)
+    if size.pool == "verifier":
+        container["volumeMounts"][0]["readOnly"] = True  # it needs the code archive and judges untrusted text
     template = _pod(container, shape, name, size.pool)
     template["spec"] |= {"nodeSelector": {}, "tolerations": []}  # overlays append to them
     return {

@@ -108,6 +108,9 @@ def _validate(namespace: argparse.Namespace) -> int:
 def _render(namespace: argparse.Namespace) -> int:
     config = load_config(namespace.config, namespace.overrides)
     documents = render(config, _shape(namespace))
+    problems, _, _ = validate_text(to_yaml(documents), compact_nodes(), str(namespace.config))
+    if problems:
+        raise ConfigError("\n".join(map(str, problems)))
     if namespace.output:
         write_base(documents, namespace.output, namespace.overlay)
         print(f"wrote {namespace.output}; apply it with: kubectl apply -k {namespace.output}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Overlays of `configs/kuberay/`, applied here (plain YAML for those without kustomize) or copied beside a base.
 
 An overlay is a kustomize Component: added resources, and RFC 6902 patches chosen by kind. Patches of worker groups
-begin with a `test` of the group's name, so an overlay on another layout fails instead of changing the wrong group. Tests
-apply every overlay both here and with `kubectl kustomize` and compare.
+begin with a `test` of the group's name, so an overlay on another layout fails instead of changing the wrong group.
+Tests apply every overlay both here and with `kubectl kustomize` and compare.
 """
 
 from __future__ import annotations
