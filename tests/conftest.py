@@ -90,8 +90,9 @@ def build_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Pa
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,  # the smallest that attention on a CPU supports in vLLM
         max_position_embeddings=512,
         bos_token_id=1,
         eos_token_id=2,
