@@ -21,7 +21,10 @@ from reward.wire import FrameReader, Message, encode
 START_TIMEOUT_S = 120.0
 CONTROL_TIMEOUT_S = 30.0
 _SLOW_NICENESS = 10
-_BOOTSTRAP = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from reward.fork_server import start; start({fd}, sys.argv[2])"
+_BOOTSTRAP = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from reward.fork_server import start; start({fd}, sys.argv[2])"
+)
 
 
 class ServerDiedError(RuntimeError):
@@ -44,7 +47,7 @@ class ForkServer:
         )
         remote.close()
         self._control.settimeout(START_TIMEOUT_S)
-        self._receive()
+        self.has_namespaces: bool = self._receive()["namespaces"]
         self._control.settimeout(CONTROL_TIMEOUT_S)
 
     @property

@@ -190,9 +190,7 @@ def _run_process(work: Callable[[Callable[[bytes], None]], None], given: str) ->
 _FAILED, _NO_MEMORY = 81, 82
 
 
-def _become_program(
-    work: Callable[[Callable[[bytes], None]], None], writer: int, standard_input: int
-) -> NoReturn:
+def _become_program(work: Callable[[Callable[[bytes], None]], None], writer: int, standard_input: int) -> NoReturn:
     """In the forked process: give up everything, run, leave. Nothing of ours runs after this."""
     code = _FAILED
     messages: list[bytes] = []

@@ -104,12 +104,11 @@ def _braced(text: str, start: int) -> str | None:
 
 def final_phrase(text: str) -> str | None:
     """The rest of the line after the last "answer is", "answer:" or "####", without markup and full stop."""
-    match = None
-    for match in _PHRASE.finditer(text):
-        pass
-    if match is None:
+    matches = list(_PHRASE.finditer(text))
+    if not matches:
         return None
-    rest = text[match.end() : match.end() + MAX_ANSWER_CHARS].lstrip()
+    end = matches[-1].end()
+    rest = text[end : end + MAX_ANSWER_CHARS].lstrip()
     line = rest.split("\n", 1)[0].strip().strip("*").strip()
     return line.removesuffix(".").strip() or None
 

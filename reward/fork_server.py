@@ -1,4 +1,4 @@
-"""The small process that verifier children are forked from: SymPy and math-verify imported once, no threads, no secrets.
+"""The small process that children are forked from: SymPy and math-verify imported once, no threads, no secrets.
 
 It starts children, kills their process groups and reaps them, so a pid is never reused while the verifier knows it.
 It runs no answer itself and ends when its control socket closes, however the verifier ended; the kernel then kills
@@ -44,7 +44,7 @@ def main(control_fd: int, options: ServerOptions) -> None:
     gc.collect()
     gc.freeze()
     control = socket.socket(fileno=control_fd)
-    control.sendall(json.dumps({"ready": True}).encode())
+    control.sendall(json.dumps({"namespaces": _has_namespaces()}).encode())
     children: set[int] = set()
     zombies: set[int] = set()
     while True:
@@ -69,6 +69,18 @@ def main(control_fd: int, options: ServerOptions) -> None:
             control.sendall(json.dumps({"status": _final_status(request["pid"])}).encode())
     for pid in children:
         _kill_group(pid)
+
+
+def _has_namespaces() -> bool:
+    """Whether programs can get namespaces of their own here; tried out in a process that ends at once."""
+    pid = os.fork()
+    if pid == 0:
+        allowed = False
+        try:
+            allowed = confinement.enter_namespaces()
+        finally:
+            os._exit(0 if allowed else 1)
+    return os.waitpid(pid, 0)[1] == 0
 
 
 def _spawn(control: socket.socket, descriptor: int, options: ServerOptions, *, confined: bool) -> int:

@@ -12,6 +12,7 @@ child; a child serves at most `recycle_after` jobs; confined jobs (model-written
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import selectors
@@ -22,6 +23,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from reward import seccomp
 from reward.children import Child, ForkServer, ServerDiedError
 from reward.confinement import Limits
 from reward.fork_server import ServerOptions
@@ -80,6 +82,13 @@ class Sandbox:
         """Counters since the start."""
         return self._dispatcher.stats()
 
+    @property
+    def isolation(self) -> str:
+        """What keeps a model's program in: `namespaces` and the system-call filter, the `filter` alone, or `none`."""
+        if not seccomp.is_supported():
+            return "none: programs are refused"
+        return "namespaces" if self._dispatcher.has_namespaces else "filter"
+
     def close(self) -> None:
         """Kill all children and end the thread."""
         self._dispatcher.close()
@@ -101,7 +110,13 @@ class _Dispatcher(threading.Thread):
         self._broken: str | None = None
         self._idle: list[Child] = []
         self._busy: dict[Child, Future[Outcome]] = {}
-        self._counts = dict.fromkeys(("jobs", "children_started", "children_killed", "children_died", "server_deaths"), 0)
+        self._counts = dict.fromkeys(
+            ("jobs", "children_started", "children_killed", "children_died", "server_deaths"), 0
+        )
+
+    @property
+    def has_namespaces(self) -> bool:
+        return self._server.has_namespaces
 
     def submit(self, job: Job) -> Future[Outcome]:
         future: Future[Outcome] = Future()
@@ -123,10 +138,8 @@ class _Dispatcher(threading.Thread):
         self.join(_CLOSE_TIMEOUT_S)
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups already
             os.write(self._wake_writer, b"w")
-        except BlockingIOError:
-            pass  # the pipe is full of wake-ups already
 
     def run(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Length-prefixed JSON between the verifier and its children: data only, so that a child cannot make the parent run code."""
+"""Length-prefixed JSON between verifier and children: data only, so that a child cannot make the parent run code."""
 
 from __future__ import annotations
 
