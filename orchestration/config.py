@@ -255,6 +255,8 @@ class EvaluationConfig(Section):
 class TrackingConfig(Section):
     """MLflow mirror; metrics.jsonl in the run directory is the truth."""
 
+    mlflow: bool = True
+    """False keeps metrics.jsonl only."""
     mlflow_uri: str | None = None
     """None: MLFLOW_TRACKING_URI, or sqlite in the run directory's parent."""
     experiment: str = "softgrpo"
