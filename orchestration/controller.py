@@ -74,7 +74,7 @@ class Learner(Protocol):
     async def train(self, groups: Sequence[ScoredGroup], version: int) -> dict[str, float]: ...
     async def publish(self, version: int) -> PublishedWeights: ...
     async def save(self, directory: Path) -> None: ...
-    async def restart(self, checkpoint: Path | None) -> None: ...
+    async def start(self, checkpoint: Path | None) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +271,7 @@ class Controller:
             self.slots.drop(group_id, "learner lost")
             self._reissue(group_id)
         checkpoint = self.parts.directory.latest_checkpoint()
-        await self.parts.learner.restart(checkpoint / "learner" if checkpoint else None)
+        await self.parts.learner.start(checkpoint / "learner" if checkpoint else None)
         self.slots.untrain(len(self._uncommitted), "learner lost")
         self._backlog.extend(self._uncommitted)
         self._uncommitted.clear()

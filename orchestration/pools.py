@@ -42,8 +42,8 @@ class Member:
     in_flight: int = 0
     """Requests dispatched to it and not answered."""
     ready: bool = False
-    progress: int = -1
-    """Work counter of its last ping."""
+    stats: dict[str, Any] = field(default_factory=dict)
+    """Its counters at the last ping: no change while it has work is no progress."""
     progressed_at: float = field(default_factory=time.monotonic)
 
 
@@ -153,9 +153,9 @@ class ActorPool:
         except (RayActorError, RayTaskError, DeadlineExceeded) as error:
             self.lose(member, str(error).splitlines()[0], "ping")
             return
-        now, progress = time.monotonic(), stats["progress"]
-        if progress != member.progress or member.in_flight == 0:
-            member.progress, member.progressed_at = progress, now
+        now = time.monotonic()
+        if stats != member.stats or member.in_flight == 0:
+            member.stats, member.progressed_at = stats, now
         elif now - member.progressed_at > self._hang_timeout_s:
             idle = now - member.progressed_at
             self.lose(member, f"{member.in_flight} requests in flight and no progress for {idle:.0f} s", "hang")
@@ -193,8 +193,7 @@ class RolloutPool(ActorPool):
         self._max_in_flight = max_in_flight
         self._newest: PublishedWeights | None = None
         self._syncing: set[Member] = set()
-        self.sync_reports: list[dict[str, float]] = []
-        """Since the controller last took them."""
+        self._sync_reports: list[Any] = []
 
     def pick(self, accepts_version: Callable[[int], bool]) -> Member | None:
         """A member with room for a group whose version is acceptable."""
@@ -247,6 +246,11 @@ class RolloutPool(ActorPool):
             self.raise_if_broken()
             await self._wait_for_change()
 
+    def take_sync_reports(self) -> list[Any]:
+        """Reports of the weight updates since the last call."""
+        reports, self._sync_reports = self._sync_reports, []
+        return reports
+
     async def _wait_for_change(self) -> None:
         self.changed.clear()
         await within(self.changed.wait(), self._request_timeout_s, "a rollout actor that is free and up to date")
@@ -262,7 +266,7 @@ class RolloutPool(ActorPool):
                 ref = member.actor.update_weights.remote(weights.manifest, list(weights.shards))
                 what = f"weights {weights.manifest.version} to reach rollout actor {member.index}"
                 (report,) = await self.call(member, [ref], self._sync_timeout_s, what)
-                self.sync_reports.append(report)
+                self._sync_reports.append(report)
                 member.version = weights.manifest.version
                 self.changed.set()
         except ActorLost:

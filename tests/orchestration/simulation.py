@@ -172,7 +172,7 @@ class SimulatedLearner:
         directory.mkdir(parents=True)
         (directory / "trained.txt").write_text("\n".join(self.trained), encoding="utf-8")
 
-    async def restart(self, checkpoint: Path | None) -> dict[str, float]:
+    async def start(self, checkpoint: Path | None) -> dict[str, float]:
         self.trained = (checkpoint / "trained.txt").read_text(encoding="utf-8").split("\n") if checkpoint else []
         return {}
 
@@ -251,7 +251,7 @@ class Simulation:
             return None, []
         state = load_state(checkpoint)
         stream.restore(state.stream)
-        await self.learner.restart(checkpoint / "learner")
+        await self.learner.start(checkpoint / "learner")
         return state, [Visit(rows[prompt_id], visit) for prompt_id, visit in state.pending]
 
     async def _after_step(self, step: int, version: int, metrics: StepMetrics) -> None:

@@ -1,0 +1,217 @@
+"""`softgrpo train`: start the pools, run the controller, leave a usable run directory whatever happens.
+
+Exit codes: 0 done; 75 stopped with a checkpoint (resubmit with --resume); 1 error; 2 configuration (raised as
+`ConfigError` before any actor starts).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from learner.group import LearnerGroup
+from learner.spec import LearnerError
+from orchestration.cli import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED
+from orchestration.cluster import connected
+from orchestration.config import Config
+from orchestration.controller import Controller, Parts
+from orchestration.dataset import PromptStream, Visit, dataset_digest
+from orchestration.failures import RunError
+from orchestration.plan import make_plan
+from orchestration.pools import RolloutPool, VerifierPool
+from orchestration.progress import Progress
+from orchestration.run_state import RunDirectory, load_state
+from orchestration.step_metrics import StepMetrics
+from orchestration.tracking import FinalStatus, Tracker
+from orchestration.validate import Resolved, validate
+from reward.actor import VerifierActor
+from rollout.actor import RolloutActor
+
+logger = logging.getLogger(__name__)
+
+GROUP_GRADING_SLACK_S = 60.0
+
+
+def run_training(config: Config, *, resume: bool) -> int:
+    """One attempt at a run; returns the exit code."""
+    resolved = validate(config).require_complete()
+    for warning in resolved.warnings:
+        logger.warning("%s", warning)
+    directory = RunDirectory(config.run_dir)
+    with directory.lease():
+        directory.create(config, resume=resume)
+        with connected(config):
+            return asyncio.run(TrainingRun(resolved, directory, resume=resume).run())
+
+
+class TrainingRun:
+    """Everything between a connected cluster and an exit code."""
+
+    def __init__(self, resolved: Resolved, directory: RunDirectory, *, resume: bool) -> None:
+        assert resolved.train is not None
+        self.config = resolved.config
+        self.directory = directory
+        self.prompts = resolved.train
+        self.stream = PromptStream(self.prompts.rows, seed=self.config.seed, shuffle=self.config.data.shuffle)
+        self.checkpoint = directory.latest_checkpoint() if resume else None
+        self.state = load_state(self.checkpoint) if self.checkpoint else None
+        self.plan = make_plan(resolved, initial_version=0)
+        self.tracker = Tracker.open(self.config, datasets=[_describe_dataset(resolved)])
+        self.learner = LearnerGroup(self.plan.learner, self.plan.learner_options)
+        self.controller: Controller | None = None
+        self.stopping = False
+        self.started = time.monotonic()
+
+    async def run(self) -> int:
+        """Start, train, evaluate, stop; the tracker learns how it ended."""
+        work = asyncio.create_task(self._work(), name="training run")
+        self._handle_signals(work)
+        status: FinalStatus = "FAILED"
+        try:
+            await work
+            status = "KILLED" if self.stopping else "FINISHED"
+        except asyncio.CancelledError:
+            if not self.stopping:
+                raise
+            status = "KILLED"
+        except (RunError, LearnerError) as error:
+            logger.error("%s", error)
+            await self._save_what_is_left()
+        finally:
+            self._kill_pools()
+            self.tracker.close(status)
+        if status == "KILLED":
+            held = self.directory.latest_checkpoint()
+            logger.info("stopped; %s", f"continue with --resume from {held.name}" if held else "no step was finished")
+        return {"FINISHED": EXIT_DONE, "KILLED": EXIT_STOPPED}.get(status, EXIT_ERROR)
+
+    async def _work(self) -> None:
+        await self._start()
+        backlog = self._restore_stream()
+        progress = Progress(self.config.name, self.state.step if self.state else 0, self.config.steps)
+        self.progress = progress
+        parts = Parts(
+            stream=self.stream,
+            prompt_ids=lambda visit: self.prompts.prompt_ids[visit.row.prompt_id],
+            rollout=self.rollout,
+            verifier=self.verifier,
+            learner=self.learner,
+            directory=self.directory,
+            after_step=self._after_step,
+        )
+        self.controller = Controller(self.config, parts, self.state, backlog)
+        try:
+            await self.controller.run()
+        finally:
+            progress.close()
+        if not self.stopping:
+            await self.learner.export(self._fresh_directory("model"))
+
+    async def _start(self) -> None:
+        """Bring up the three pools at once; a resumed policy reaches the rollout actors before they serve."""
+        config, plan = self.config, self.plan
+        hang_timeout_s = config.rollout.request_timeout_s
+        self.rollout = RolloutPool(
+            lambda index: _create(RolloutActor, plan.engine_options, plan.engine),
+            config.rollout.num_actors,
+            request_timeout_s=config.rollout.request_timeout_s,
+            sync_timeout_s=config.pipeline.sync_timeout_s,
+            max_in_flight=max(config.rollout.max_num_seqs, config.algorithm.group_size),
+            startup_timeout_s=config.rollout.startup_timeout_s,
+            hang_timeout_s=hang_timeout_s,
+            restarts=config.pipeline.max_restarts,
+        )
+        self.verifier = VerifierPool(
+            lambda index: _create(VerifierActor, plan.verifier_options, plan.verifier),
+            config.reward.num_actors,
+            group_timeout_s=config.algorithm.group_size * config.reward.deadline_s + GROUP_GRADING_SLACK_S,
+            startup_timeout_s=config.rollout.startup_timeout_s,
+            hang_timeout_s=hang_timeout_s,
+            restarts=config.pipeline.max_restarts,
+        )
+        checkpoint = self.checkpoint / "learner" if self.checkpoint else None
+        await self.learner.start(checkpoint)
+        if self.state is not None:
+            self.rollout.publish(await self.learner.publish(self.state.version))
+        await asyncio.gather(self.rollout.start(), self.verifier.start())
+        logger.info(
+            "ready after %.0f s: %d rollout, %d verifier actors, %d learner ranks",
+            time.monotonic() - self.started,
+            config.rollout.num_actors,
+            config.reward.num_actors,
+            config.learner.world_size,
+        )
+
+    def _restore_stream(self) -> list[Visit]:
+        if self.state is None:
+            return []
+        self.stream.restore(self.state.stream)
+        rows = {row.prompt_id: row for row in self.prompts.rows}
+        return [Visit(rows[prompt_id], visit) for prompt_id, visit in self.state.pending]
+
+    async def _after_step(self, step: int, version: int, metrics: StepMetrics) -> None:
+        self.tracker.log(metrics.values | {"sync/version": version, **self._pool_metrics()}, step)
+        self.progress.advance(step, metrics.values)
+
+    def _pool_metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for pool in (self.rollout, self.verifier):
+            metrics |= {f"failures/{pool.name}_{name.replace('/', '_')}": n for name, n in pool.counts.items()}
+        if reports := self.rollout.take_sync_reports():
+            metrics["sync/fetch_s"] = max(report["fetch_s"] for report in reports)
+            metrics["sync/pause_s"] = max(report["pause_s"] for report in reports)
+            metrics["sync/bytes"] = sum(report["num_bytes"] for report in reports)
+        return metrics
+
+    def _handle_signals(self, work: asyncio.Task[None]) -> None:
+        """First signal: finish the step and checkpoint within the grace time. Second: stop now."""
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            if self.stopping or self.controller is None:
+                self.stopping = True
+                work.cancel()
+                return
+            logger.info("stopping: finishing the step (at most %.0f s)", self.config.checkpoint.stop_grace_s)
+            self.stopping = True
+            self.controller.request_stop()
+            loop.call_later(self.config.checkpoint.stop_grace_s, work.cancel)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop)
+
+    async def _save_what_is_left(self) -> None:
+        """After an error outside the learner its state is still good: keep it."""
+        if self.controller is None or not self.learner.alive:
+            return
+        try:
+            async with asyncio.timeout(self.config.checkpoint.stop_grace_s):
+                await self.controller.checkpoint()
+        except (LearnerError, TimeoutError, OSError) as error:
+            logger.error("no checkpoint at the end: %s", error)
+
+    def _kill_pools(self) -> None:
+        for name in ("rollout", "verifier"):
+            if pool := getattr(self, name, None):
+                pool.kill()
+        self.learner.kill()
+
+    def _fresh_directory(self, name: str) -> Path:
+        path = self.directory.path / name
+        path.mkdir(exist_ok=True)
+        return path
+
+
+def _create(actor_class: type, options: dict[str, Any], spec: Any) -> Any:
+    return ray.remote(actor_class).options(**options).remote(spec)
+
+
+def _describe_dataset(resolved: Resolved) -> tuple[str, str, str]:
+    assert resolved.train is not None
+    return resolved.train.name, dataset_digest(resolved.train.rows), resolved.config.data.train.path
