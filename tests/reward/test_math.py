@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+import logging
+import random
+from pathlib import Path
+
+import pytest
+
+from reward.extraction import Answer, extract_answer, last_boxed, nesting_depth
+from reward.math import check_gold, grade
+from reward.verdict import Verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"\boxed{4} wait, \boxed{5}", "5"),
+        (r"\boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x }", r"\left\{ x"),
+        (r"\boxed{ 7 }", "7"),
+        (r"\boxed 7 apples", "7"),
+        (r"$\boxed7$", "7"),
+        (r"\fbox{8}", "8"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{}", ""),
+        (r"\boxed{1} and \boxed{2", None),
+        (r"\boxedanswer", None),
+        ("42", None),
+    ],
+)
+def test_last_boxed(text: str, content: str | None) -> None:
+    assert last_boxed(text) == content
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Therefore the answer is 12.", "12"),
+        ("**Answer:** $x^2$\nbye", "$x^2$"),
+        ("#### 18", "18"),
+        ("answer: 3\nno, the final answer is 4", "4"),
+        ("The answer is unknown, \\boxed{9}", "9"),
+    ],
+)
+def test_final_phrase(text: str, answer: str) -> None:
+    extracted = extract_answer(Answer(text, text))
+    assert extracted is not None and extracted.text == answer
+
+
+def test_unfinished_thinking_counts_only_with_a_marker() -> None:
+    thinking = "so 6 times 7 is 42 " * 40
+    assert extract_answer(Answer(thinking, "", "length")) is None
+    assert extract_answer(Answer("42", "", "length")) is None
+    assert extract_answer(Answer(thinking + r"\boxed{42}", "", "length")) is not None
+    after_thinking = extract_answer(Answer(thinking + "</think>It is 42", "It is 42"))
+    assert after_thinking is not None and after_thinking.text == "It is 42"
+
+
+def test_nesting_depth() -> None:
+    assert nesting_depth("((1)[2{3}])") == 3
+    assert nesting_depth(")))((") == 0
+    assert nesting_depth("(" * 100) == 100
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "verdict"),
+    [
+        (r"\boxed{42}", "42", Verdict.CORRECT),
+        (r"\boxed{1,000}", "1000", Verdict.CORRECT),
+        (r"\boxed{2.0}", "2", Verdict.CORRECT),
+        (r"\boxed{-\frac{1}{3}}", "-1/3", Verdict.CORRECT),
+        (r"\boxed{\frac{2}{4}}", r"\frac{1}{2}", Verdict.CORRECT),
+        (r"\boxed{x=5}", "5", Verdict.CORRECT),
+        (r"\boxed{50\%}", "0.5", Verdict.CORRECT),
+        (r"\boxed{(3,\frac{\pi}{2})}", r"\left( 3, \frac{\pi}{2} \right)", Verdict.CORRECT),
+        (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", Verdict.CORRECT),
+        (r"\boxed{\{2,1\}}", r"\{1,2\}", Verdict.CORRECT),
+        (r"\boxed{x^2+2x+1}", "(x+1)^2", Verdict.CORRECT),
+        ("42", "42", Verdict.CORRECT),
+        (r"\boxed{18}", "2 * 9 = 18\n#### 18", Verdict.CORRECT),
+        (r"\boxed{18}", "$18$", Verdict.CORRECT),
+        (r"\boxed{4} no, \boxed{5}", "5", Verdict.CORRECT),
+        (r"\boxed{5} no, \boxed{4}", "5", Verdict.INCORRECT),
+        (r"\boxed{43}", "42", Verdict.INCORRECT),
+        ("it has no answer " * 30, "42", Verdict.UNPARSEABLE),
+        (r"\boxed{\frac}", "42", Verdict.UNPARSEABLE),
+        (r"\boxed{" + "1+" * 600 + "1}", "601", Verdict.UNPARSEABLE),
+        (r"\boxed{" + "(" * 30 + "42" + ")" * 30 + "}", "42", Verdict.UNPARSEABLE),
+    ],
+)
+def test_grade(response: str, gold: str, verdict: Verdict) -> None:
+    assert grade(response, gold) is verdict
+
+
+@pytest.mark.parametrize("gold", ["42", r"\frac{3}{4}", r"\text{east}", "1,2", r"x \in [-2,7]", "#### 7", "$3$"])
+def test_good_gold_answers_pass_the_audit(gold: str) -> None:
+    assert check_gold(gold) is None
+
+
+@pytest.mark.parametrize("gold", ["", r"\frac", "(" * 40 + "1" + ")" * 40, "1+" * 600 + "1", "   "])
+def test_bad_gold_answers_are_named(gold: str) -> None:
+    assert check_gold(gold)
+
+
+def directly(response: str, gold: str) -> bool:
+    """math-verify as its documentation says to call it, in the main process."""
+    from math_verify import parse, verify
+
+    return bool(verify(parse(rf"$\boxed{{{gold}}}$"), parse(response)))
+
+
+def test_agrees_with_math_verify_called_directly() -> None:
+    """Right and wrong answers to real questions, written in the ways models write them."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    golds = json.loads((Path(__file__).parent / "golden" / "gold_answers.json").read_text(encoding="utf-8"))
+    rng = random.Random(0)
+    wrappers = (r"So it is \boxed{%s}.", "The final answer is $%s$.", r"Thus $x$ holds and $\boxed{%s}$", r"\boxed{ %s }")
+    disagreements = []
+    for i, gold in enumerate(golds):
+        for given in (gold, rng.choice(golds)):
+            response = wrappers[i % len(wrappers)] % given
+            if (grade(response, gold) is Verdict.CORRECT) != directly(response, gold):
+                disagreements.append((response, gold, grade(response, gold)))
+    assert not disagreements
