@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from learner.spec import LearnerError, LearnerSpec, ScoredGroup
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from learner.trainer import Trainer
     from rollout.weights import WeightManifest
 
@@ -71,16 +71,20 @@ class LearnerRank:
 
     def publish(self, version: int) -> Iterator[np.ndarray | WeightManifest]:
         """Yield the weights of `version` as flat shards, the manifest last; collective, only rank 0 yields."""
-        from rollout.weights import pack_weights
+        from rollout.weights import iterate_shards, make_manifest
 
         weights = self.trainer.weights(version)
         if self.rank != 0:
             for _ in weights:
                 pass
             return
-        manifest, shards = pack_weights(version, weights, max_shard_bytes=self.spec.shard_bytes)
-        yield from shards
-        yield manifest
+        packed = []
+        # One buffer is enough: Ray has put a shard into the object store before it asks for the next one.
+        buffer = np.empty(self.spec.shard_bytes, np.uint8)
+        for shard in iterate_shards(weights, max_shard_bytes=self.spec.shard_bytes, buffers=[buffer]):
+            yield shard.data
+            packed.append(shard)
+        yield make_manifest(version, packed)
 
     def save(self, directory: str) -> None:
         """Write this rank's part of the resumable state into `directory`; collective."""

@@ -1,7 +1,7 @@
 """The learner as the driver sees it: a group of ranks that live and die together (asyncio, no torch).
 
     start --> (train --> publish)* --> save, export --> kill
-                 any rank fails or a deadline passes: the whole generation is killed, `LearnerError` names rank and phase
+                 a rank fails or a deadline passes: the generation is killed, `LearnerError` names rank and phase
 
 A generation is one process group: ranks cannot be replaced one by one, because the survivors of a broken collective
 hang (NCCL) or are half a step ahead (gloo). After a failure call `start` again with a checkpoint.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learner.attention import attention_inputs, use_packed_attention
 from learner.embedding import replay_embeddings
 from learner.packing import ReplayBatch
 from learner.spec import LearnerError, LearnerSpec
@@ -30,6 +31,7 @@ class PolicyInput(nn.Module):
         super().__init__()
         self.weight = weight
         self.differentiate_mixtures = differentiate_mixtures
+        self.vocab_size = weight.shape[0]
 
     def forward(self, batch: ReplayBatch) -> Tensor:
         """-> [L, d] in the model's dtype; no gradient reaches the table through mixtures unless asked for."""
@@ -70,6 +72,7 @@ class PolicyModel(nn.Module):
             inputs_embeds=self.inputs(batch).unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
             use_cache=False,
+            **attention_inputs(batch.cu_seqlens),
         )[0].squeeze(0)
         return self.head(hidden.index_select(0, batch.rows), score)
 
@@ -82,8 +85,8 @@ def causal_model(language_model: nn.Module) -> Any:
 def load_policy(spec: LearnerSpec, *, trainable: bool = True) -> PolicyModel:
     """The checkpoint of `spec` as a policy on the spec's device, in the spec's compute type.
 
-    Raises `LearnerError` if the embedding is smaller than the vocabulary that the rollout engine uses, or if the head
-    has a bias (which candidate-only scoring leaves out).
+    Raises `LearnerError` if the embedding is smaller than the vocabulary that the rollout engine uses, if the head has
+    a bias (which candidate-only scoring leaves out), or if packed sequences would attend to each other.
     """
     from transformers import AutoModelForCausalLM
 
@@ -98,6 +101,7 @@ def load_policy(spec: LearnerSpec, *, trainable: bool = True) -> PolicyModel:
         )
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise LearnerError(f"{spec.model_path}: an output layer with a bias is not supported")
+    use_packed_attention(model.to(spec.device))
     if trainable and spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -106,7 +110,7 @@ def load_policy(spec: LearnerSpec, *, trainable: bool = True) -> PolicyModel:
     policy = PolicyModel(model, differentiate_soft_inputs=spec.differentiate_soft_inputs)
     if not trainable:
         policy.requires_grad_(False).eval()
-    return policy.to(spec.device)
+    return policy.to(spec.device)  # adapters were made on the CPU
 
 
 def add_lora(model: nn.Module, rank: int) -> nn.Module:

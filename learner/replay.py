@@ -2,9 +2,9 @@
 
     ScoredGroup --read_groups--> Sample --plan_step--> mini-batches --rank_batches--> ReplayBatch per pass
 
-Every rank reads all groups (zero-copy) and computes the same plan, so nothing but the gradient crosses ranks. Invariants:
-a group is never split over mini-batches; advantages and aggregation weights are those of the whole step and mini-batch
-before anything is cut; every rank runs the same number of passes (the ZeRO collectives need it).
+Every rank reads all groups (zero-copy) and computes the same plan, so nothing but the gradient crosses ranks.
+Invariants: a group is never split over mini-batches; advantages and aggregation weights are those of the whole step
+and mini-batch before anything is cut; every rank runs the same number of passes (the ZeRO collectives need it).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from learner.advantage import group_advantage
 from learner.aggregation import sequence_weights
-from learner.packing import ReplayBatch
+from learner.packing import ReplayBatch, plan_packs
 from learner.spec import LearnerSpec, ReplayError, ScoredGroup
 from rollout.trajectory import Kind, Trajectory, TrajectoryError, unpack
 
@@ -144,20 +144,19 @@ def check_trajectory(trajectory: Trajectory, spec: LearnerSpec, vocab_size: int)
     require((np.abs(sums - 1) <= WEIGHT_SUM_TOLERANCE).all(), "weights", "a mixture that does not sum to 1")
 
 
-def rank_batches(
-    samples: Sequence[Sample], spec: LearnerSpec, rank: int, plan: Sequence[Sequence[Sequence[int]]]
-) -> list[ReplayBatch]:
-    """The packed passes of one rank: `plan[rank]` lists the samples of each pass.
+def rank_batches(samples: Sequence[Sample], spec: LearnerSpec, rank: int) -> list[ReplayBatch]:
+    """The packed passes of one rank for a mini-batch; every rank has the same number of them.
 
-    A pass that exists only to keep the ranks in step repeats a sample with weight 0.
+    Samples without a gradient are left out. A pass that exists only to keep the ranks in step repeats the shortest
+    sample with weight 0.
     """
-    passes = max(len(share) for share in plan)
-    batches = [pack_samples([samples[i] for i in chosen], spec) for chosen in plan[rank]]
-    if len(batches) < passes:
-        shortest = min(samples, key=lambda sample: sample.num_rows)
-        idle = pack_samples([replace(shortest, position_weight=0.0)], spec)
-        batches += [idle] * (passes - len(batches))
-    return batches
+    active = [sample for sample in samples if sample.advantage != 0 or needs_all_samples(spec)]
+    plan = plan_packs(
+        [sample.num_rows for sample in active], token_budget=spec.micro_batch_tokens, num_ranks=spec.world_size
+    )
+    shortest = min(samples, key=lambda sample: sample.num_rows)
+    idle = [replace(shortest, advantage=0.0, position_weight=0.0)]
+    return [pack_samples([active[i] for i in chosen] or idle, spec) for chosen in plan[rank]]
 
 
 def pack_samples(samples: Sequence[Sample], spec: LearnerSpec) -> ReplayBatch:
@@ -199,6 +198,7 @@ def _rows_of(sample: Sample, start: int, index: int, spec: LearnerSpec) -> dict[
         "retained": candidates["retained"][scored_soft],
         "threshold": t.censor_threshold[scored_soft].astype(np.float32),
         "behaviour_logprobs": candidates["candidate_logprobs"][scored_soft],
+        "top_weight": candidates["weights"][scored_soft].max(-1, initial=0.0),
     }
 
 
@@ -208,10 +208,8 @@ def _candidates(t: Trajectory, spec: LearnerSpec) -> dict[str, np.ndarray]:
     logprobs = np.pad(t.candidate_logprobs.astype(np.float32), missing, constant_values=-np.inf)
     noise = np.pad(t.noise.astype(np.float32), missing)
     present = logprobs > -np.inf
-    if spec.noise in ("gaussian", "dirichlet"):
-        perturbed = noise
-    else:
-        perturbed = logprobs + np.float32(spec.noise_scale) * noise
+    raw = spec.noise in ("gaussian", "dirichlet")
+    perturbed = noise if raw else logprobs + np.float32(spec.noise_scale) * noise
     # In the faithful mode filtered candidates stay in the mixture at log(epsilon).
     floor = np.log(spec.log_epsilon) + 1e-3 if spec.log_epsilon > 0 else -np.inf
     return {

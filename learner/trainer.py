@@ -1,0 +1,287 @@
+"""One learner rank without Ray: DeepSpeed engine, reference policy, the training step, weights out and state to disk.
+
+    groups -> plan -> [old, reference scores] -> per mini-batch: passes forward/backward -> one optimiser step
+
+All methods are collective: every rank calls them with the same arguments. The loss of a pass is the local part of the
+mini-batch's loss; DeepSpeed averages gradients over ranks, so it is given `world_size` times that part.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learner.checkpoint import load_state, save_state
+from learner.diagnostics import Statistics
+from learner.export import export_checkpoint, named_weights, whole
+from learner.model import PolicyModel, load_policy
+from learner.objective import ObjectiveSettings, objective, score_positions
+from learner.optimizer import build_optimizer, deepspeed_config, effective_zero_stage, learning_rate
+from learner.packing import ReplayBatch, ScoredLogits
+from learner.replay import plan_step, rank_batches
+from learner.spec import LearnerError, LearnerSpec, ScoredGroup
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """The policy on one rank; `version` is the number of training steps it has seen."""
+
+    def __init__(self, spec: LearnerSpec, rank: int) -> None:
+        self.spec = spec
+        self.rank = rank
+        self.version = 0
+        self.settings = objective_settings(spec)
+        initialize_distributed(spec)
+        torch.manual_seed(spec.seed)
+        self.engine = _initialize(load_policy(spec), spec)
+        self.policy: PolicyModel = self.engine.module
+        self.reference = self._load_reference()
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the driver's log."""
+        counted = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.policy.parameters()]
+        return {
+            "version": self.version,
+            "zero_stage": effective_zero_stage(self.spec),
+            "num_parameters": sum(count for count, _ in counted),
+            "num_trainable": sum(count for count, trainable in counted if trainable),
+        }
+
+    def train(self, groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:
+        """One training step on resolved groups, from `version` to `version` + 1; the same metrics on every rank."""
+        started = time.perf_counter()
+        if version != self.version:
+            raise LearnerError(f"asked to train version {version}, the learner is at {self.version}")
+        plan = plan_step(groups, self.spec, self.policy.inputs.vocab_size)
+        mini_batches = [rank_batches(samples, self.spec, self.rank) for samples in plan.mini_batches]
+        planned = time.perf_counter()
+        mini_batches = self._score(mini_batches)
+        scored = time.perf_counter()
+        rate = learning_rate(self.spec, version)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        steps = [self._update(batches) for _ in range(self.spec.epochs) for batches in mini_batches]
+        self.version += 1
+        if self.reference is not None and self.spec.kl_refresh_every and self.version % self.spec.kl_refresh_every == 0:
+            self._refresh_reference()
+        finished = time.perf_counter()
+        times = {
+            "learner/step_s": finished - started,
+            "learner/plan_s": planned - started,
+            "learner/score_s": scored - planned,
+            "learner/update_s": finished - scored,
+        }
+        return {
+            **plan.metrics,
+            **self._reduced(steps, times),
+            "learner/lr": rate,
+            "learner/passes": float(sum(len(batches) for batches in mini_batches)),
+            "learner/tokens_per_s": plan.metrics["learner/tokens"] / times["learner/step_s"],
+        }
+
+    def weights(self, version: int) -> Iterator[tuple[str, Tensor]]:
+        """Named weights of `version`, which must be the current one."""
+        if version != self.version:
+            raise LearnerError(f"asked to publish version {version}, the learner is at {self.version}")
+        return named_weights(self.policy)
+
+    def save(self, directory: Path) -> None:
+        """Write the resumable state below `directory`."""
+        facts = {"version": self.version, "world_size": self.spec.world_size, **self.describe()}
+        save_state(self.engine, directory, facts, self.rank)
+
+    def load(self, directory: Path) -> None:
+        """Restore the state that `save` wrote."""
+        self.version = int(load_state(self.engine, directory)["version"])
+
+    def export(self, directory: Path) -> None:
+        """Write a Hugging Face checkpoint into `directory`."""
+        export_checkpoint(self.policy, self.spec.model_path, directory, writes=self.rank == 0)
+
+    def _score(self, mini_batches: list[list[ReplayBatch]]) -> list[list[ReplayBatch]]:
+        """Add the scores of the policy before this step, and of the reference policy, where the objective needs them.
+
+        The first mini-batch of a single epoch needs no old scores: its policy *is* the old one, its ratio exactly 1.
+        """
+        recompute = self.spec.old_log_density == "recompute"
+        scored = []
+        for number, batches in enumerate(mini_batches):
+            changed = recompute and (number > 0 or self.spec.epochs > 1)
+            old = [self._scores(self.engine, batch) if changed else None for batch in batches]
+            reference = [self._reference_scores(batch) for batch in batches]
+            scored.append([replace(b, old=o, reference=r) for b, o, r in zip(batches, old, reference, strict=True)])
+        return scored
+
+    def _scores(self, model: Any, batch: ReplayBatch, *, keep_hidden: bool = False) -> ScoredLogits:
+        batch = batch.to(self.spec.device)
+        with torch.no_grad():
+            scores: ScoredLogits = model(batch, partial(_score_batch, batch=batch, keep_hidden=keep_hidden))
+        return scores.to("cpu")
+
+    def _reference_scores(self, batch: ReplayBatch) -> ScoredLogits | None:
+        if not self.settings.needs_reference:
+            return None
+        keep_hidden = self.settings.kl_estimator == "exact"
+        if self.reference is not None:
+            return self._scores(self.reference, batch, keep_hidden=keep_hidden)
+        # The base of low-rank adapters is the reference: no second copy.
+        with self.policy.language_model.disable_adapter():
+            return self._scores(self.engine, batch, keep_hidden=keep_hidden)
+
+    def _update(self, batches: Sequence[ReplayBatch]) -> tuple[Statistics, float, bool, list[float]]:
+        """One optimiser step; statistics of this rank, gradient norm, whether it was skipped, seconds per pass."""
+        parts, seconds = [], []
+        for batch in batches:
+            began = time.perf_counter()
+            trains = bool(batch.weights.any())
+            moved = batch.to(self.spec.device)
+            with self._reference_head() as reference_weight:
+                loss, statistics = self.engine(
+                    moved,
+                    partial(_objective, batch=moved, settings=self.settings, reference_weight=reference_weight),
+                )
+            self.engine.backward(loss * self.spec.world_size, scale_wrt_gas=False)
+            if trains:
+                parts.append(statistics)
+            seconds.append(time.perf_counter() - began)
+        self.engine.step()
+        norm, skipped = float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
+        if skipped:
+            logger.warning("rank %d: gradients of version %d are not finite, step skipped", self.rank, self.version)
+        return Statistics.merged(parts, self.spec.device), norm, skipped, seconds
+
+    def _reference_head(self) -> AbstractContextManager[Tensor | None]:
+        """The reference's output matrix, whole, when the exact full-vocabulary KL needs it."""
+        if not self.settings.needs_reference or self.settings.kl_estimator != "exact":
+            return nullcontext(None)
+        source = self.policy if self.reference is None else self.reference
+        head = getattr(source, "module", source).head.weight
+        context = whole([head])
+        return context if context is None else _Yielding(context, head)
+
+    def _reduced(
+        self, steps: Sequence[tuple[Statistics, float, bool, list[float]]], times: dict[str, float]
+    ) -> dict[str, float]:
+        """Statistics summed over mini-batches and ranks; the slowest rank's times and the largest rank's memory."""
+        import torch.distributed as dist
+
+        total = Statistics.merged((step[0] for step in steps), self.spec.device)
+        passes = [seconds for step in steps for seconds in step[3]]
+        slowest = torch.tensor([*times.values(), max(passes), peak_memory(self.spec.device)], dtype=torch.float64)
+        slowest = slowest.to(self.spec.device)
+        dist.all_reduce(total.sums, dist.ReduceOp.SUM)
+        dist.all_reduce(total.maxima, dist.ReduceOp.MAX)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        metrics = total.metrics()
+        for name in ("policy_loss", "kl_loss", "entropy_loss"):
+            metrics[f"objective/{name}"] /= len(steps)
+        norms = [norm for _, norm, skipped, _ in steps if not skipped]
+        names = [*times, "learner/pass_s_max", "learner/peak_memory_mb"]
+        return {
+            **metrics,
+            **dict(zip(names, slowest.tolist(), strict=True)),
+            "learner/pass_s_mean": sum(passes) / len(passes),
+            "learner/grad_norm": sum(norms) / len(norms) if norms else 0.0,
+            "learner/grad_norm_max": max(norms, default=0.0),
+            "learner/optimizer_steps": float(len(norms)),
+            "learner/skipped_steps": float(len(steps) - len(norms)),
+        }
+
+    def _load_reference(self) -> Any:
+        """The frozen starting point, partitioned like the policy under ZeRO-3; None when nothing needs a copy."""
+        if not self.settings.needs_reference or (self.spec.lora_rank and not self.spec.kl_refresh_every):
+            return None
+        reference = load_policy(self.spec, trainable=False)
+        return reference if self.spec.zero_stage < 3 else _initialize(reference, self.spec, trainable=False)
+
+    def _refresh_reference(self) -> None:
+        """Copy the policy into the reference."""
+        targets = dict(getattr(self.reference, "module", self.reference).language_model.named_parameters())
+        for name, weight in named_weights(self.policy):
+            with torch.no_grad(), whole([targets[name]], modifier_rank=0):
+                targets[name].copy_(weight)
+
+
+class _Yielding:
+    """Enter a context and hand out a value."""
+
+    def __init__(self, context: AbstractContextManager[Any], value: Tensor) -> None:
+        self.context = context
+        self.value = value
+
+    def __enter__(self) -> Tensor:
+        self.context.__enter__()
+        return self.value
+
+    def __exit__(self, *error: Any) -> None:
+        self.context.__exit__(*error)
+
+
+def _objective(
+    hidden: Tensor, weight: Tensor, batch: ReplayBatch, settings: ObjectiveSettings, reference_weight: Tensor | None
+) -> tuple[Tensor, Statistics]:
+    return objective(hidden, weight, batch, settings, reference_weight=reference_weight)
+
+
+def _score_batch(hidden: Tensor, weight: Tensor, batch: ReplayBatch, keep_hidden: bool) -> ScoredLogits:
+    return score_positions(hidden, weight, batch, keep_hidden=keep_hidden)
+
+
+def objective_settings(spec: LearnerSpec) -> ObjectiveSettings:
+    """The algorithm part of a spec."""
+    return ObjectiveSettings(
+        likelihood=spec.likelihood,  # type: ignore[arg-type]
+        noise=spec.noise if spec.noise in ("gaussian", "dirichlet") else "gumbel",  # type: ignore[arg-type]
+        noise_scale=spec.noise_scale,
+        old_log_density=spec.old_log_density,
+        policy_loss=spec.policy_loss,  # type: ignore[arg-type]
+        clip_low=spec.clip_low,
+        clip_high=spec.clip_high,
+        dual_clip=spec.dual_clip,
+        importance_cap=spec.importance_cap,
+        entropy_bonus=spec.entropy_bonus,
+        kl_coefficient=spec.kl_coefficient,
+        kl_estimator=spec.kl_estimator,  # type: ignore[arg-type]
+    )
+
+
+def initialize_distributed(spec: LearnerSpec) -> None:
+    """Join the process group that the environment names; a lost peer is noticed after `collective_timeout_s`."""
+    import deepspeed
+
+    # Its shared-memory reduction serves inference only; left on, the first start compiles it for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        "nccl" if spec.device == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=spec.collective_timeout_s),
+    )
+
+
+def peak_memory(device: str) -> float:
+    """Largest memory use of this process so far, MiB: on the GPU what torch allocated, on a CPU the resident set."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _initialize(policy: PolicyModel, spec: LearnerSpec, *, trainable: bool = True) -> Any:
+    import deepspeed
+
+    config = deepspeed_config(spec)
+    if not trainable:
+        config["zero_optimization"].pop("offload_optimizer", None)
+    optimizer = build_optimizer(policy, spec) if trainable else None
+    return deepspeed.initialize(model=policy, optimizer=optimizer, config=config)[0]

@@ -1,0 +1,183 @@
+"""Replay: what a packed pass contains, what is refused, and how a step is cut."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learner.replay import check_trajectory, pack_samples, plan_step, rank_batches, read_groups
+from learner.spec import ReplayError, ScoredGroup
+from rollout.trajectory import Kind, Trajectory, TrajectoryError, pack
+from tests.learner.handmade import learner_spec, make_group, make_trajectory
+
+SPEC = learner_spec(Path("unused"))
+V = 64
+
+
+def test_rows_score_the_next_position() -> None:
+    samples, _ = read_groups([make_group(0, size=2)], SPEC, V)
+    batch = pack_samples([dataclasses.replace(s, position_weight=0.5, advantage=1.0) for s in samples], SPEC)
+    start = 0
+    positions = 0
+    for index, sample in enumerate(samples):
+        t = sample.trajectory
+        prompt, length = len(t.prompt_ids), len(t.response_ids)
+        fed = [*t.prompt_ids.tolist(), *t.response_ids.tolist()][:-1]
+        assert batch.input_ids[start : start + len(fed)].tolist() == fed
+        assert batch.position_ids[start : start + len(fed)].tolist() == list(range(len(fed)))
+        mine = batch.sequence == index
+        assert batch.rows[mine].tolist() == [start + prompt - 1 + i for i in range(length)]
+        assert batch.ids[mine].tolist() == t.response_ids.tolist()
+        soft = int((t.kinds == Kind.SOFT).sum())
+        rows = batch.mixture_rows
+        inside = (rows >= start) & (rows < start + len(fed))
+        assert rows[inside].tolist() == [start + prompt + i for i in range(soft)]
+        assert torch.equal(batch.mixture_weights[inside], torch.from_numpy(t.weights.copy()))
+        start += len(fed)
+        positions += length
+    assert batch.cu_seqlens.tolist() == [0, samples[0].num_rows, start]
+    assert batch.weights.tolist() == [0.5] * positions
+    soft_positions = int((batch.kinds == Kind.SOFT).sum())
+    assert batch.perturbed.shape == batch.candidate_ids.shape == (soft_positions, 5)
+    assert torch.equal(batch.retained, batch.perturbed > -torch.inf)
+
+
+def test_a_soft_last_token_is_scored_but_never_an_input() -> None:
+    t = make_trajectory(np.random.default_rng(0), "g/0", [10], thinking=3)
+    cut = dataclasses.replace(
+        t,
+        response_ids=t.response_ids[:3],
+        kinds=t.kinds[:3],
+        versions=t.versions[:3],
+        log_density=t.log_density[:3],
+        finish_reason="length",
+    )
+    samples, refusals = read_groups([ScoredGroup("g", pack([cut]), (0.0,), (True,))], SPEC, V)
+    assert not refusals
+    batch = pack_samples(samples, SPEC)
+    assert len(batch.mixture_rows) == 2
+    assert len(batch.rows) == len(batch.candidate_ids) == 3
+
+
+def test_temperatures_follow_the_kind_and_forced_positions_are_left_out() -> None:
+    spec = dataclasses.replace(SPEC, temperature=0.7, answer_temperature=1.3)
+    t = make_trajectory(np.random.default_rng(0), "g/0", [10, 11], thinking=2)
+    forced = dataclasses.replace(t, kinds=np.where(t.kinds == Kind.ENDED, Kind.FORCED, t.kinds).astype(np.uint8))
+    samples, _ = read_groups([ScoredGroup("g", pack([t, forced]), (0.0, 1.0), (True, True))], spec, V)
+    batch = pack_samples(samples, spec)
+    expected = [0.7, 0.7, 0.7, 1.3, 1.3, 1.3, 0.7, 0.7, 1.3, 1.3, 1.3]
+    assert batch.temperature.tolist() == pytest.approx(expected)
+    control = dataclasses.replace(spec, likelihood="none")
+    samples, _ = read_groups([ScoredGroup("g", pack([t]), (0.0,), (True,))], control, V)
+    assert pack_samples(samples, control).kinds.tolist() == [Kind.ENDED] + [Kind.DISCRETE] * 3
+
+
+def test_fewer_candidates_than_configured_are_padded_more_are_refused() -> None:
+    narrow = make_group(1, candidates=3)
+    samples, _ = read_groups([narrow], SPEC, V)
+    batch = pack_samples(samples, SPEC)
+    assert batch.candidate_ids.shape[1] == 5
+    assert not batch.retained[:, 3:].any()
+    assert torch.equal(batch.mixture_weights[:, 3:], torch.zeros(len(batch.mixture_rows), 2))
+    _, refusals = read_groups([make_group(1, candidates=6)], SPEC, V)
+    assert len(refusals) == 4 and "column candidate_ids: 6 candidates, 5 configured" in refusals[0]
+
+
+def corrupt(t: Trajectory, column: str) -> Trajectory:
+    def changed(array: np.ndarray, value: float) -> np.ndarray:
+        copy = array.copy()
+        copy.reshape(-1)[0] = value
+        return copy
+
+    return {
+        "noise": lambda: dataclasses.replace(t, noise=changed(t.noise, np.inf)),
+        "candidate_logprobs": lambda: dataclasses.replace(t, candidate_logprobs=changed(t.candidate_logprobs, np.nan)),
+        "weights": lambda: dataclasses.replace(t, weights=changed(t.weights, 0.2) * 2),
+        "log_density": lambda: dataclasses.replace(t, log_density=changed(t.log_density, np.nan)),
+        "prompt_ids": lambda: dataclasses.replace(t, prompt_ids=changed(t.prompt_ids, V)),
+        "response_ids": lambda: dataclasses.replace(t, response_ids=changed(t.response_ids, -1)),
+        "candidate_ids": lambda: dataclasses.replace(t, candidate_ids=changed(t.candidate_ids, V)),
+        "kind_runs": lambda: dataclasses.replace(t, kinds=t.kinds[:-1]),
+        "version_runs": lambda: dataclasses.replace(t, versions=t.versions[:-1]),
+        "censor_threshold": lambda: dataclasses.replace(t, censor_threshold=t.censor_threshold[:-1]),
+    }[column]()
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        "noise",
+        "candidate_logprobs",
+        "weights",
+        "log_density",
+        "prompt_ids",
+        "response_ids",
+        "candidate_ids",
+        "kind_runs",
+        "version_runs",
+        "censor_threshold",
+    ],
+)
+def test_a_corrupt_column_is_named(column: str) -> None:
+    t = make_trajectory(np.random.default_rng(0), "g/3", [10])
+    check_trajectory(t, SPEC, V)
+    with pytest.raises(TrajectoryError, match=f"trajectory g/3: column {column}: "):
+        check_trajectory(corrupt(t, column), SPEC, V)
+
+
+def test_a_batch_of_another_schema_version_is_refused_and_the_rest_kept() -> None:
+    good, bad = make_group(0), make_group(1)
+    metadata = {**bad.batch.schema.metadata, b"softgrpo.schema_version": b"99"}  # type: ignore[union-attr]
+    bad = dataclasses.replace(bad, batch=bad.batch.replace_schema_metadata(metadata))  # type: ignore[union-attr]
+    plan = plan_step([bad, good], SPEC, V)
+    assert len(plan.refusals) == 4 and "schema version 99" in plan.refusals[0]
+    assert plan.metrics["learner/refused_trajectories"] == 4
+    assert plan.metrics["learner/trajectories"] == 4
+    with pytest.raises(ReplayError, match="none of the 1 groups"):
+        plan_step([bad], SPEC, V)
+
+
+def test_rows_that_are_not_kept_leave_the_group_statistics() -> None:
+    group = dataclasses.replace(make_group(0), rewards=(1.0, 0.0, 1.0, 0.0), keep=(True, False, True, False))
+    plan = plan_step([group], SPEC, V)
+    assert [sample.advantage for sample in plan.mini_batches[0]] == [0.0, 0.0]
+    assert plan.metrics["learner/zero_advantage_groups"] == 1
+    with pytest.raises(ReplayError, match="3 rewards"):
+        plan_step([dataclasses.replace(group, rewards=(1.0, 0.0, 1.0))], SPEC, V)
+
+
+def test_mini_batches_never_split_a_group() -> None:
+    plan = plan_step([make_group(seed) for seed in range(5)], dataclasses.replace(SPEC, mini_batches=2), V)
+    members = [sorted({sample.group for sample in part}) for part in plan.mini_batches]
+    assert members == [[0, 1, 2], [3, 4]]
+    for part in plan.mini_batches:
+        total = sum(sample.position_weight * int(sample.scored.sum()) for sample in part)
+        assert total == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_a_mini_batch_exactly(world_size: int) -> None:
+    spec = dataclasses.replace(SPEC, world_size=world_size, micro_batch_tokens=40)
+    samples = plan_step([make_group(seed) for seed in range(3)], spec, V).mini_batches[0]
+    shares = [rank_batches(samples, spec, rank) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    total = sum(float(batch.weights.double().sum()) for share in shares for batch in share)
+    assert total == pytest.approx(1.0, abs=1e-6)
+    sequences = sum(len(batch.cu_seqlens) - 1 for share in shares for batch in share if batch.weights.any())
+    assert sequences == len(samples)
+
+
+def test_samples_without_a_gradient_are_left_out_unless_the_kl_needs_them() -> None:
+    flat = dataclasses.replace(make_group(0), rewards=(1.0,) * 4)
+    for coefficient, expected in ((0.0, 4), (0.1, 8)):
+        spec = dataclasses.replace(SPEC, kl_coefficient=coefficient)
+        samples = plan_step([flat, make_group(1)], spec, V).mini_batches[0]
+        batches = rank_batches(samples, spec, 0)
+        assert sum(len(batch.cu_seqlens) - 1 for batch in batches) == expected
+    only_flat = plan_step([flat], SPEC, V).mini_batches[0]
+    (idle,) = rank_batches(only_flat, SPEC, 0)
+    assert len(idle.rows) and not idle.weights.any() and not idle.advantages.any()

@@ -1,0 +1,174 @@
+"""One learner rank in this process: what a step does, what is published, saved and exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learner.spec import LearnerError, ReplayError, ScoredGroup
+from learner.trainer import Trainer
+from rollout.trajectory import pack, unpack
+from tests.learner.handmade import learner_spec, make_group
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_process_group() -> Iterator[None]:
+    """DeepSpeed in this process: world size 1 on gloo."""
+    with socket.socket() as probe, pytest.MonkeyPatch.context() as patch:
+        probe.bind(("127.0.0.1", 0))
+        for key, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(probe.getsockname()[1]),
+            "DS_ACCELERATOR": "cpu",
+        }.items():
+            patch.setenv(key, value)
+        probe.close()
+        yield
+
+
+def answer_log_prob(trainer: Trainer, group: ScoredGroup, row: int) -> float:
+    """Log-probability of the discrete answer of one trajectory, fed as plain tokens."""
+    t = unpack(group.batch)[row]  # type: ignore[arg-type]
+    ids = torch.tensor([*t.prompt_ids.tolist(), *t.response_ids.tolist()])
+    with torch.no_grad():
+        logits = trainer.policy.language_model(ids[None, :-1]).logits[0]
+    log_probs = logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    return log_probs[-3:].sum().item()
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in trainer.weights(trainer.version)}
+
+
+def test_steps_raise_the_probability_of_what_was_rewarded(tiny_model_dir: Path) -> None:
+    trainer = Trainer(learner_spec(tiny_model_dir), rank=0)
+    groups = [make_group(seed) for seed in range(3)]
+    before = [answer_log_prob(trainer, groups[0], row) for row in (0, 1)]
+    first = trainer.train(groups, 0)
+    for version in range(1, 4):
+        trainer.train(groups, version)
+    after = [answer_log_prob(trainer, groups[0], row) for row in (0, 1)]
+    assert after[0] > before[0] + 0.05
+    assert after[1] < before[1] - 0.05
+    assert first["reward/mean"] == 0.5
+    assert first["learner/grad_norm"] > 0
+    assert first["learner/zero_advantage_groups"] == 0
+    assert first["objective/ratio_mean_thinking"] == first["objective/ratio_max"] == 1.0
+    assert all(math.isfinite(value) for value in first.values())
+
+
+def test_versions_must_follow_each_other(tiny_model_dir: Path) -> None:
+    trainer = Trainer(learner_spec(tiny_model_dir), rank=0)
+    trainer.train([make_group(0)], 0)
+    with pytest.raises(LearnerError, match="asked to train version 0, the learner is at 1"):
+        trainer.train([make_group(0)], 0)
+    with pytest.raises(LearnerError, match="asked to publish version 0"):
+        trainer.weights(0)
+
+
+def test_kl_pulls_back_to_the_start(tiny_model_dir: Path) -> None:
+    """With equal rewards only the KL acts: after a disturbance the policy moves back towards the reference."""
+    distances = {}
+    for coefficient in (0.0, 1.0):
+        trainer = Trainer(learner_spec(tiny_model_dir, kl_coefficient=coefficient, kl_estimator="exact"), rank=0)
+        start = weights_of(trainer)
+        flat = [dataclasses.replace(make_group(seed), rewards=(1.0,) * 4) for seed in range(2)]
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            for parameter in trainer.policy.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        metrics = [trainer.train(flat, version) for version in range(4)]
+        assert metrics[0]["learner/zero_advantage_groups"] == 2
+        distances[coefficient] = (
+            metrics[-1].get("objective/kl_thinking", 0.0),
+            metrics[0].get("objective/kl_thinking", 0.0),
+        )
+        assert set(weights_of(trainer)) == set(start)
+    last, first = distances[1.0]
+    assert 0 < last < first
+    assert distances[0.0] == (0.0, 0.0)
+
+
+def test_refused_trajectories_are_named_and_the_rest_trains(
+    tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Trainer(learner_spec(tiny_model_dir), rank=0)
+    good = make_group(0, size=5)
+    rows = unpack(good.batch)  # type: ignore[arg-type]
+    noise = rows[1].noise.copy()
+    noise[0, 0] = np.nan
+    ids = rows[2].candidate_ids.copy()
+    ids[0, 1] = 64
+    rows[1] = dataclasses.replace(rows[1], noise=noise)
+    rows[2] = dataclasses.replace(rows[2], candidate_ids=ids)
+    metrics = trainer.train([dataclasses.replace(good, batch=pack(rows))], 0)
+    assert metrics["learner/refused_trajectories"] == 2
+    assert metrics["learner/trajectories"] == 3
+    assert "prompt0@0/1: column noise" in caplog.text
+    assert "prompt0@0/2: column candidate_ids" in caplog.text
+    with pytest.raises(ReplayError, match="column noise"):
+        trainer.train([ScoredGroup("g", pack(rows[1:2]), (1.0,), (True,))], 1)
+    assert trainer.version == 1
+
+
+def test_non_finite_gradients_skip_the_step(tiny_model_dir: Path) -> None:
+    for stage in (0, 1):
+        trainer = Trainer(learner_spec(tiny_model_dir, zero_stage=stage), rank=0)
+        trainer.train([make_group(0)], 0)
+        before = weights_of(trainer)
+        settings = trainer.settings
+        trainer.settings = dataclasses.replace(settings, noise_scale=float("nan"))
+        metrics = trainer.train([make_group(1)], 1)
+        assert metrics["learner/skipped_steps"] == 1
+        assert all(torch.equal(before[name], weight) for name, weight in weights_of(trainer).items())
+        trainer.settings = settings
+        assert trainer.train([make_group(1)], 2)["learner/skipped_steps"] == 0
+        assert not torch.equal(before["model.norm.weight"], weights_of(trainer)["model.norm.weight"])
+
+
+def test_save_and_load_continue_the_same_curve(tiny_model_dir: Path, tmp_path: Path) -> None:
+    spec = learner_spec(tiny_model_dir, mini_batches=2, zero_stage=1)
+    groups = [make_group(seed) for seed in range(4)]
+    trainer = Trainer(spec, rank=0)
+    trainer.train(groups, 0)
+    trainer.save(tmp_path)
+    uninterrupted = [trainer.train(groups, version) for version in (1, 2)]
+    resumed = Trainer(spec, rank=0)
+    resumed.load(tmp_path)
+    assert resumed.version == 1
+    again = [resumed.train(groups, version) for version in (1, 2)]
+    for expected, found in zip(uninterrupted, again, strict=True):
+        assert found["objective/policy_loss"] == expected["objective/policy_loss"]
+        assert found["learner/grad_norm"] == expected["learner/grad_norm"]
+    weights = weights_of(resumed)
+    assert all(torch.equal(weight, weights[name]) for name, weight in weights_of(trainer).items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_export_loads_in_transformers(tied: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.conftest import build_tiny_model
+
+    trainer = Trainer(learner_spec(build_tiny_model(tmp_path / "model", tied=tied)), rank=0)
+    trainer.train([make_group(0)], 0)
+    trainer.export(tmp_path / "export")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    ids = torch.arange(6, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trainer.policy.language_model(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template
+    published = {name for name, _ in trainer.weights(1)}
+    assert ("lm_head.weight" in published) is not tied
