@@ -1,0 +1,275 @@
+"""The rollout actor: many concurrent `generate` calls, one engine thread, weight swaps between two steps.
+
+    event loop (async methods)                         engine thread (owns SoftEngine, steps it)
+    generate: submit requests, await their futures --> commands are run between two steps
+    update_weights: fetch + verify shards, then    --> load_weights, then go on stepping
+    pack, decode: worker threads                   <-- finished trajectories resolve futures
+
+Importable without torch and vLLM; the pool wraps the class with `ray.remote` and sets `engine_environment(spec)`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from rollout.engine import EngineError, EngineSpec, SoftEngine
+from rollout.request import GroupSummary, RolloutRequest
+from rollout.trajectory import Kind, Trajectory, pack
+from rollout.weights import WeightManifest, verify_shards
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+_logger = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.5
+"""How long the engine thread sleeps at most when it has nothing to do; a command wakes it at once."""
+
+
+class RequestAborted(RuntimeError):
+    """The request was aborted before it finished."""
+
+
+class EngineThread:
+    """Runs an engine; every method but `_run` may be called from any thread."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._commands: queue.SimpleQueue[Callable[[SoftEngine], None]] = queue.SimpleQueue()
+        self._waiting: dict[str, concurrent.futures.Future[Trajectory]] = {}
+        """Futures of running requests; touched by the engine thread only."""
+        self._failure: BaseException | None = None
+        self._stopping = False
+        self.progress = 0
+        """Engine steps and commands so far: a watchdog sees whether this thread moves."""
+        self.started: concurrent.futures.Future[SoftEngine] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def call(self, command: Callable[[SoftEngine], Any]) -> concurrent.futures.Future[Any]:
+        """Run `command(engine)` between two steps."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def run(engine: SoftEngine) -> None:
+            try:
+                future.set_result(command(engine))
+            except Exception as error:  # handed to the caller, who decides
+                future.set_exception(error)
+
+        self._enqueue(run, future)
+        return future
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[concurrent.futures.Future[Trajectory]]:
+        """One future per request. A request that is refused fails alone."""
+        futures: list[concurrent.futures.Future[Trajectory]] = [concurrent.futures.Future() for _ in requests]
+
+        def run(engine: SoftEngine) -> None:
+            for request, future in zip(requests, futures, strict=True):
+                try:
+                    engine.add(request)
+                except ValueError as error:
+                    future.set_exception(error)
+                else:
+                    self._waiting[request.request_id] = future
+
+        self._enqueue(run, *futures)
+        return futures
+
+    def abort(self, request_ids: Sequence[str]) -> concurrent.futures.Future[list[Trajectory]]:
+        """Stop requests; their futures fail with `RequestAborted`."""
+
+        def run(engine: SoftEngine) -> list[Trajectory]:
+            partial = engine.abort(request_ids)
+            for trajectory in partial:
+                future = self._waiting.pop(trajectory.request_id)
+                future.set_exception(RequestAborted(f"request {trajectory.request_id} was aborted"))
+            return partial
+
+        return self.call(run)
+
+    def stop(self, timeout_s: float) -> bool:
+        """End the thread after its current step; False if that took too long."""
+        self._stopping = True
+        self._commands.put(lambda engine: None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _enqueue(self, command: Callable[[SoftEngine], None], *futures: concurrent.futures.Future[Any]) -> None:
+        if self._failure is None:
+            self._commands.put(command)
+        if self._failure is not None:  # also when it failed just now: the queue has no reader any more
+            for future in futures:
+                if not future.done():
+                    future.set_exception(EngineError(f"the engine has failed: {self._failure}"))
+
+    def _run(self) -> None:
+        try:
+            engine = SoftEngine(self._spec)
+            self.started.set_result(engine)
+            while not self._stopping:
+                self._run_commands(engine)
+                if engine.num_unfinished:
+                    for trajectory in engine.step():
+                        future = self._waiting.pop(trajectory.request_id, None)
+                        if future is not None:
+                            future.set_result(trajectory)
+                    self.progress += 1
+            engine.shutdown()
+        except BaseException as error:
+            # The boundary of the thread: nothing after this line would run, so everybody who waits must be told.
+            _logger.exception("the engine thread ends")
+            self._fail(error)
+
+    def _run_commands(self, engine: SoftEngine) -> None:
+        block = not engine.num_unfinished
+        while True:
+            try:
+                command = self._commands.get(block=block, timeout=_IDLE_WAIT_S)
+            except queue.Empty:
+                return
+            command(engine)
+            self.progress += 1
+            block = False
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        if not self.started.done():
+            self.started.set_exception(error)
+        for future in self._waiting.values():
+            future.set_exception(EngineError(f"the engine has failed: {error}"))
+        self._waiting.clear()
+        while True:
+            try:
+                self._commands.get_nowait()
+            except queue.Empty:
+                return
+
+
+class RolloutActor:
+    """An async Ray actor around one engine."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._engine = EngineThread(spec)
+        self._update = asyncio.Lock()
+        self._version = spec.initial_version
+        self._max_candidates = spec.soft.get("max_candidates", 5)
+        self._generating = 0
+
+    async def ready(self) -> dict[str, Any]:
+        """Wait until the engine serves; what it is."""
+        started = time.monotonic()
+        engine = await asyncio.wrap_future(self._engine.started)
+        return {
+            "version": self._version,
+            "model": self._spec.model_path,
+            "stop_ids": engine.stop_ids,
+            "waited_s": time.monotonic() - started,
+        }
+
+    async def generate(self, requests: list[RolloutRequest]) -> tuple[pa.RecordBatch, GroupSummary]:
+        """Generate one group; resolves when all its requests have finished.
+
+        Raises `RequestError` if one of them is refused, `RequestAborted` if one is aborted; the others are stopped.
+        """
+        started = time.monotonic()
+        engine = await asyncio.wrap_future(self._engine.started)
+        futures = [asyncio.wrap_future(future) for future in self._engine.generate(requests)]
+        self._generating += len(requests)
+        try:
+            trajectories = await asyncio.gather(*futures)
+        except BaseException:
+            self._engine.abort([request.request_id for request in requests])
+            await asyncio.gather(*futures, return_exceptions=True)
+            raise
+        finally:
+            self._generating -= len(requests)
+        batch, texts = await asyncio.to_thread(self._finish, engine, trajectories)
+        return batch, summarise(texts, time.monotonic() - started)
+
+    def _finish(
+        self, engine: SoftEngine, trajectories: Sequence[Trajectory]
+    ) -> tuple[pa.RecordBatch, list[Trajectory]]:
+        with_text = []
+        for trajectory in trajectories:
+            response, answer = engine.decode(trajectory)
+            with_text.append(replace(trajectory, response_text=response, answer_text=answer))
+        return pack(with_text, self._max_candidates), with_text
+
+    async def update_weights(self, manifest: WeightManifest, shard_refs: list[ObjectRef]) -> dict[str, float]:
+        """Serve another policy version; decoding goes on until all its bytes are here and checked.
+
+        Raises `WeightError` if they are torn; the old version then stays in service. The report has the seconds of
+        the fetch and of the pause in which nothing was decoded.
+        """
+        async with self._update:
+            started = time.monotonic()
+            shards = list(await asyncio.gather(*shard_refs))
+            await asyncio.to_thread(verify_shards, manifest, shards)
+            fetched = time.monotonic()
+            await asyncio.wrap_future(self._engine.started)
+            pause_s = await asyncio.wrap_future(self._engine.call(lambda engine: _swap(engine, manifest, shards)))
+            self._version = manifest.version
+        return {
+            "version": manifest.version,
+            "fetch_s": fetched - started,
+            "pause_s": pause_s,
+            "num_bytes": sum(manifest.shard_bytes),
+        }
+
+    async def abort(self, request_ids: Sequence[str]) -> int:
+        """Stop requests, whose `generate` calls fail; returns how many were running."""
+        return len(await asyncio.wrap_future(self._engine.abort(request_ids)))
+
+    async def stats(self) -> dict[str, float]:
+        """Liveness and counters; answers also while the engine is busy or hangs."""
+        return {"progress": self._engine.progress, "generating": self._generating, "version": self._version}
+
+    async def engine_stats(self) -> dict[str, float]:
+        """Counters of the engine itself, taken between two steps."""
+        return await asyncio.wrap_future(self._engine.call(SoftEngine.stats))
+
+    async def shutdown(self, timeout_s: float = 10.0) -> bool:
+        """Stop the engine thread."""
+        return await asyncio.to_thread(self._engine.stop, timeout_s)
+
+
+def _swap(engine: SoftEngine, manifest: WeightManifest, shards: Sequence[np.ndarray]) -> float:
+    started = time.monotonic()
+    engine.load_weights(manifest, shards)
+    return time.monotonic() - started
+
+
+def summarise(trajectories: Sequence[Trajectory], seconds: float) -> GroupSummary:
+    """What the controller needs to know of a finished group."""
+    entropies, heaviest = [], []
+    for trajectory in trajectories:
+        log_p = trajectory.candidate_logprobs
+        p = np.exp(log_p)
+        entropies.append(-(p * np.where(p > 0, log_p, 0.0)).sum(axis=1))
+        heaviest.append(trajectory.weights.max(axis=1, initial=0.0))
+    entropy, top = np.concatenate(entropies), np.concatenate(heaviest)
+    versions = [(int(t.versions.min()), int(t.versions.max())) for t in trajectories if len(t.versions)]
+    return GroupSummary(
+        group_id=trajectories[0].group_id,
+        request_ids=tuple(trajectory.request_id for trajectory in trajectories),
+        lengths=tuple(len(trajectory.response_ids) for trajectory in trajectories),
+        soft_lengths=tuple(int((trajectory.kinds == Kind.SOFT).sum()) for trajectory in trajectories),
+        oldest_version=min(low for low, _ in versions),
+        newest_version=max(high for _, high in versions),
+        num_truncated=sum(trajectory.finish_reason == "length" for trajectory in trajectories),
+        entropy=float(entropy.mean()) if entropy.size else 0.0,
+        top_weight=float(top.mean()) if top.size else 0.0,
+        seconds=seconds,
+    )
