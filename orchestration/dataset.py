@@ -64,24 +64,28 @@ def load_rows(dataset: DatasetConfig, reward: RewardConfig, max_bad_rows: int = 
     Raises `MissingData` for a hub dataset that is not cached and `ConfigError` for a file that is missing, empty or
     unreadable or has more than `max_bad_rows` bad rows; tolerated bad rows are logged one by one.
     """
-    path = locate(dataset.path)
-    name = dataset.name or path.stem
-    rows: list[PromptRow] = []
-    bad: list[str] = []
-    seen: Counter[str] = Counter()
-    for line, record in _records(path):
-        try:
-            row = _parse_row(record, line, name, dataset, reward, seen)
-        except BadRow as problem:
-            bad.append(f"{place(dataset.path, line)}: {problem}")
-            continue
-        rows.append(row)
-        if dataset.limit and len(rows) >= dataset.limit:
-            break
-    report_bad_rows(bad, max_bad_rows)
+    rows, problems = read_rows(dataset, reward)
+    report_bad_rows(problems, max_bad_rows)
     if not rows:
         raise ConfigError(f"{dataset.path}: no usable rows; give a file with at least one prompt and its answer")
     return rows
+
+
+def read_rows(dataset: DatasetConfig, reward: RewardConfig) -> tuple[list[PromptRow], list[str]]:
+    """Good rows of a dataset file, and one message for each bad one."""
+    path = locate(dataset.path)
+    name = dataset.name or path.stem
+    rows: list[PromptRow] = []
+    problems: list[str] = []
+    seen: Counter[str] = Counter()
+    for line, record in _records(path):
+        try:
+            rows.append(_parse_row(record, line, name, dataset, reward, seen))
+        except BadRow as problem:
+            problems.append(f"{place(dataset.path, line)}: {problem}")
+        if dataset.limit and len(rows) >= dataset.limit:
+            break
+    return rows, problems
 
 
 def locate(path: str) -> Path:

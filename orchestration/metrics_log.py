@@ -21,8 +21,6 @@ from typing import IO, Any
 
 FSYNC_EVERY_S = 2.0
 RETRY_EVERY_S = 1.0
-MAX_UNWRITTEN = 100_000
-"""Lines kept in memory while the disk refuses writes; then the oldest are dropped and counted."""
 RESERVED = ("step", "time", "attempt")
 logger = logging.getLogger(__name__)
 
@@ -40,7 +38,6 @@ class MetricsLog:
         _cut_torn_line(path)
         self._file = path.open("ab", buffering=0)
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
-        self._dropped = 0
         self._thread = threading.Thread(target=self._write_forever, name="metrics-log", daemon=True)
         self._thread.start()
 
@@ -70,18 +67,17 @@ class MetricsLog:
             logger.error("%s: the disk did not take all metrics within %.0f s", self.path, timeout_s)
 
     def _write_forever(self) -> None:
-        pending: list[bytes] = []
+        unwritten = b""
         synced_at = time.monotonic()
         while True:
-            item = self._next_item(RETRY_EVERY_S if pending else FSYNC_EVERY_S)
-            if isinstance(item, dict):
-                pending.append(json.dumps(item, allow_nan=False).encode() + b"\n" if item else b"")
-            pending = self._write(pending)
-            forced = not isinstance(item, dict)
-            if forced or time.monotonic() - synced_at > FSYNC_EVERY_S:
+            item = self._next_item(RETRY_EVERY_S if unwritten else FSYNC_EVERY_S)
+            if isinstance(item, dict) and item:
+                unwritten += json.dumps(item, allow_nan=False).encode() + b"\n"
+            unwritten = self._write(unwritten)
+            if not isinstance(item, dict) or time.monotonic() - synced_at > FSYNC_EVERY_S:
                 self._sync()
                 synced_at = time.monotonic()
-            if isinstance(item, threading.Event) and not pending:
+            if isinstance(item, threading.Event) and not unwritten:
                 item.set()
             if item is None:
                 self._file.close()
@@ -93,17 +89,15 @@ class MetricsLog:
         except queue.Empty:
             return {}
 
-    def _write(self, lines: list[bytes]) -> list[bytes]:
-        """Write lines in order; returns those that the disk refused."""
-        for index, line in enumerate(lines):
+    def _write(self, data: bytes) -> bytes:
+        """Write what the disk takes; returns the rest (a full disk may take half a line)."""
+        while data:
             try:
-                self._file.write(line)
+                data = data[self._file.write(data) :]
             except OSError as error:
                 logger.error("%s: cannot write (%s), trying again", self.path, error)
-                rest = lines[index:]
-                self._dropped += max(0, len(rest) - MAX_UNWRITTEN)
-                return rest[-MAX_UNWRITTEN:]
-        return []
+                return data
+        return b""
 
     def _sync(self) -> None:
         try:

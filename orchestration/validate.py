@@ -16,7 +16,7 @@ from pathlib import Path
 
 from orchestration import machine
 from orchestration.config import Config, ConfigError, DatasetConfig
-from orchestration.dataset import DEFAULT_RULE, MissingData, PromptRow, load_rows, place, report_bad_rows
+from orchestration.dataset import DEFAULT_RULE, MissingData, PromptRow, place, read_rows, report_bad_rows
 from orchestration.model_facts import ModelFacts, read_model_facts
 from orchestration.prompt_tokenizer import (
     PromptTokenizer,
@@ -198,31 +198,38 @@ def _check_lengths(config: Config, model: ModelFacts) -> None:
 def _load(
     config: Config, dataset: DatasetConfig, tokenizer: PromptTokenizer | None, missing: list[str]
 ) -> PromptSet | None:
-    limit = config.data.max_bad_rows
     try:
-        rows = load_rows(dataset, config.reward, limit)
+        rows, problems = read_rows(dataset, config.reward)
     except MissingData as absent:
         missing.append(str(absent))
         return None
+    rows, bad_golds = _with_checkable_gold(rows, dataset)
+    prompt_ids, too_long = _encode(config, dataset, rows, tokenizer) if tokenizer else ({}, [])
+    report_bad_rows([*problems, *bad_golds, *too_long], config.data.max_bad_rows)
+    if tokenizer:
+        rows = [row for row in rows if row.prompt_id in prompt_ids]
+    if not rows:
+        raise ConfigError(f"{dataset.path}: no usable rows; give a file with at least one prompt and its answer")
+    return PromptSet(dataset.name or Path(dataset.path).stem, tuple(rows), prompt_ids)
+
+
+def _encode(
+    config: Config, dataset: DatasetConfig, rows: Sequence[PromptRow], tokenizer: PromptTokenizer
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Prompt ids of the rows that fit, and one message for each that does not."""
+    limit = config.data.max_prompt_tokens
     prompt_ids: dict[str, tuple[int, ...]] = {}
     problems: list[str] = []
-    if tokenizer is not None:
-        chats = [with_recipe_prompt(row.messages, config.data) for row in rows]
-        for row, ids in zip(rows, tokenizer.encode_chats(chats), strict=True):
-            if len(ids) > config.data.max_prompt_tokens:
-                problems.append(
-                    f"{place(dataset.path, row.line)}: the prompt has {len(ids)} tokens, the limit is "
-                    f"data.max_prompt_tokens={config.data.max_prompt_tokens}: {row.messages[-1]['content'][:60]!r}"
-                )
-            else:
-                prompt_ids[row.prompt_id] = ids
-    rows, bad_golds = _with_checkable_gold(rows, dataset)
-    rows = [row for row in rows if tokenizer is None or row.prompt_id in prompt_ids]
-    report_bad_rows([*problems, *bad_golds], limit)
-    if not rows:
-        raise ConfigError(f"{dataset.path}: no row is left; raise data.max_prompt_tokens or correct the answers")
-    name = dataset.name or Path(dataset.path).stem
-    return PromptSet(name, tuple(rows), prompt_ids)
+    chats = [with_recipe_prompt(row.messages, config.data) for row in rows]
+    for row, ids in zip(rows, tokenizer.encode_chats(chats), strict=True):
+        if len(ids) <= limit:
+            prompt_ids[row.prompt_id] = ids
+        else:
+            problems.append(
+                f"{place(dataset.path, row.line)}: the prompt has {len(ids)} tokens, the limit is "
+                f"data.max_prompt_tokens={limit}: {row.messages[-1]['content'][:60]!r}"
+            )
+    return prompt_ids, problems
 
 
 def _with_checkable_gold(rows: Sequence[PromptRow], dataset: DatasetConfig) -> tuple[list[PromptRow], list[str]]:
