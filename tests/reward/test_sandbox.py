@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from reward.confinement import Limits
+from reward.extraction import Answer
+from reward.sandbox import Job, Outcome, Sandbox, SandboxError
+from reward.verdict import Verdict
+from reward.wire import FrameReader, WireError, encode
+from tests.reward.conftest import MEMORY_MB, assert_gone
+from tests.reward.hostile import TOWER, bombs
+
+DEADLINE_S = 1.0
+LATE_S = DEADLINE_S + 0.5
+WAIT_S = 30.0
+
+
+def mathematics(answer: str, gold: str = r"\boxed{42}") -> Job:
+    return Job({"task": "math", "answer": answer, "gold": gold})
+
+
+def users(text: str, gold: object = 1) -> Job:
+    answer = {"response_text": text, "answer_text": text, "finish_reason": "stop", "num_tokens": None}
+    return Job({"task": "user", "answer": answer, "gold": gold})
+
+
+def ask(sandbox: Sandbox, job: Job) -> Outcome:
+    return sandbox.submit(job).result(WAIT_S)
+
+
+def test_verdicts(sandbox: Sandbox) -> None:
+    assert ask(sandbox, mathematics(r"\boxed{84/2}")).verdict is Verdict.CORRECT
+    assert ask(sandbox, mathematics(r"\boxed{43}")).verdict is Verdict.INCORRECT
+    assert ask(sandbox, mathematics(r"\boxed{\frac}")).verdict is Verdict.UNPARSEABLE
+
+
+def test_a_power_tower_costs_one_deadline_and_one_child(sandbox: Sandbox) -> None:
+    before = sandbox.stats()
+    began = time.monotonic()
+    outcome = ask(sandbox, mathematics(TOWER))
+    assert outcome.verdict is Verdict.TIMEOUT and "killed" in outcome.detail
+    assert DEADLINE_S <= time.monotonic() - began < LATE_S
+    assert sandbox.stats()["children_killed"] == before["children_killed"] + 1
+    began = time.monotonic()
+    assert ask(sandbox, mathematics(r"\boxed{42.0}")).verdict is Verdict.CORRECT
+    assert time.monotonic() - began < 0.5, "a replacement must cost a fork, not an import"
+
+
+def test_bombs_do_not_hold_up_the_others(sandbox: Sandbox) -> None:
+    """Five bombs come first; two children; the others must not wait for a deadline."""
+    poisoned = [sandbox.submit(mathematics(bomb)) for bomb in bombs(5)]
+    began = time.monotonic()
+    others = [sandbox.submit(mathematics(rf"\boxed{{{2 * i}/{i}}}", r"\boxed{2}")) for i in range(1, 40)]
+    assert {other.result(WAIT_S).verdict for other in others} == {Verdict.CORRECT}
+    served_s = time.monotonic() - began
+    assert {bomb.result(WAIT_S).verdict for bomb in poisoned} == {Verdict.TIMEOUT}
+    assert all(bomb.result().seconds < LATE_S for bomb in poisoned)
+    assert served_s < 3 * DEADLINE_S
+
+
+def test_memory_limit(sandbox: Sandbox) -> None:
+    outcome = ask(sandbox, mathematics(r"\boxed{10^{10^{9}}}"))
+    assert outcome.verdict in (Verdict.OUT_OF_MEMORY, Verdict.TIMEOUT)
+    program = Job({"task": "code", "program": "x = bytearray(10**10)", "gold": {"test_list": ["assert x"]}}, True)
+    assert ask(sandbox, program).verdict is Verdict.OUT_OF_MEMORY
+
+
+def test_swallowed_memory_errors_are_not_wrong_answers() -> None:
+    """math-verify turns MemoryError into "not equal": the sandbox must not believe it."""
+    sandbox = Sandbox(Limits(64, 20.0))
+    try:
+        outcome = ask(sandbox, mathematics(r"\boxed{2^{3^{20}} + 1}"))
+        assert outcome.verdict is Verdict.OUT_OF_MEMORY, outcome
+        assert ask(sandbox, mathematics(r"\boxed{41 + 1}")).verdict is Verdict.CORRECT
+    finally:
+        sandbox.close()
+
+
+def test_a_crash_names_the_signal_or_the_status(sandbox: Sandbox) -> None:
+    killed = ask(sandbox, users("kill"))
+    assert killed.verdict is Verdict.CRASH and "SIGKILL" in killed.detail
+    left = ask(sandbox, users("exit"))
+    assert left.verdict is Verdict.CRASH and "exit status 3" in left.detail
+    unusable = ask(sandbox, users("nan"))
+    assert unusable.verdict is Verdict.CRASH and "finite" in unusable.detail
+    assert ask(sandbox, users("fine", 4)).reward == 8.0
+
+
+def test_an_unknown_task_is_a_crash_with_its_traceback(sandbox: Sandbox) -> None:
+    outcome = ask(sandbox, Job({"task": "no-such-task"}))
+    assert outcome.verdict is Verdict.CRASH and "KeyError" in outcome.detail
+
+
+def test_children_are_recycled() -> None:
+    sandbox = Sandbox(Limits(MEMORY_MB, DEADLINE_S), recycle_after=3)
+    try:
+        for i in range(7):
+            assert ask(sandbox, mathematics(rf"\boxed{{42+{i}-{i}}}")).verdict is Verdict.CORRECT
+        assert sandbox.stats()["children_started"] == 3
+    finally:
+        sandbox.close()
+
+
+def test_a_killed_fork_server_is_replaced() -> None:
+    sandbox = Sandbox(Limits(MEMORY_MB, 5.0))
+    try:
+        bomb = sandbox.submit(mathematics(TOWER))
+        time.sleep(0.3)
+        server = psutil.Process(sandbox.stats()["server_pid"])
+        children = server.children(recursive=True)
+        assert children
+        server.kill()
+        assert_gone(children)
+        lost = bomb.result(WAIT_S)
+        assert lost.verdict is Verdict.CRASH
+        assert ask(sandbox, mathematics(r"\boxed{42}")).verdict is Verdict.CORRECT
+        assert sandbox.stats()["server_deaths"] == 1
+    finally:
+        sandbox.close()
+
+
+def test_a_closed_sandbox_says_so() -> None:
+    sandbox = Sandbox(Limits(MEMORY_MB, DEADLINE_S))
+    waiting = sandbox.submit(mathematics(TOWER))
+    time.sleep(0.2)
+    sandbox.close()
+    with pytest.raises(SandboxError, match="closed"):
+        waiting.result(WAIT_S)
+    with pytest.raises(SandboxError, match="closed"):
+        ask(sandbox, mathematics(r"\boxed{1}"))
+
+
+OWNER = """
+import sys, time
+from reward.confinement import Limits
+from reward.sandbox import Job, Sandbox
+sandbox = Sandbox(Limits(512, 60.0), processes=2)
+for _ in range(2):
+    sandbox.submit(Job({"task": "math", "answer": sys.argv[1], "gold": "1"}))
+sandbox.submit(Job({"task": "code", "program": "while True: pass", "gold": {"test_list": ["1"]}}, True))
+time.sleep(0.5)
+print(sandbox.stats()["server_pid"], flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_children_die_with_their_owner(how: signal.Signals) -> None:
+    """Bombs run in C and a program loops: none may outlive the process that owned the pool."""
+    command = [sys.executable, "-c", OWNER, TOWER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as owner:
+        assert owner.stdout is not None
+        server = psutil.Process(int(owner.stdout.readline()))
+        family = [server, *server.children(recursive=True)]
+        assert len(family) >= 3
+        owner.send_signal(how)
+        owner.wait(WAIT_S)
+        assert_gone(family)
+
+
+def test_no_secret_reaches_a_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    canary = "canary-5f1d"
+    secrets = ("RAY_AUTH_TOKEN", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MY_OWN_API_KEY")
+    for name in secrets:
+        monkeypatch.setenv(name, canary)
+    secret_file = (tmp_path / "secret").open("w+")
+    os.set_inheritable(secret_file.fileno(), True)
+    sandbox = Sandbox(Limits(MEMORY_MB, DEADLINE_S), user_rule="tests.reward.user_rules:show_environment")
+    try:
+        seen = ask(sandbox, users("anything")).detail
+        assert "show_environment" in seen and canary not in seen
+        assert not any(name in seen for name in secrets)
+        snoop = (
+            "import glob\nseen = b''\n"
+            "for path in glob.glob('/proc/[0-9]*/environ'):\n"
+            "    try: seen += open(path, 'rb').read()\n"
+            "    except OSError: pass\n"
+            f"assert b'{canary[:6]}' + b'{canary[6:]}' not in seen, 'found it'\n"
+        )
+        program = Job({"task": "code", "program": snoop, "gold": {"test_list": ["assert True"]}}, True)
+        assert ask(sandbox, program).verdict is Verdict.CORRECT
+        server = psutil.Process(sandbox.stats()["server_pid"])
+        assert canary not in json.dumps(server.environ()) and canary not in " ".join(server.cmdline())
+    finally:
+        sandbox.close()
+        secret_file.close()
+
+
+def test_frames_survive_any_cut() -> None:
+    messages = [{"a": "ü\ud800"}, {"b": "x" * 1000}, {}]
+    data = b"".join(encode(message) for message in messages)
+    for size in (1, 3, 7, len(data)):
+        reader = FrameReader()
+        found = [m for i in range(0, len(data), size) for m in reader.feed(data[i : i + size])]
+        assert found == messages
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\x00\x00\x00\x02[]", b"\x00\x00\x00\x03abc"])
+def test_nonsense_on_the_wire_is_refused(data: bytes) -> None:
+    with pytest.raises(WireError):
+        FrameReader().feed(data)
+
+
+def test_a_large_request_does_not_block(sandbox: Sandbox) -> None:
+    """More than a socket buffer, while the child is starting."""
+    outcome = ask(sandbox, users("x" * 3_000_000, 3))
+    assert outcome.reward == 6.0
+    assert Answer("x").final_text == "x"
