@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rollout.candidates import largest_logits
 from rollout.noise import CounterNoise
 
 NoiseFamily = Literal["gumbel", "gaussian", "dirichlet", "none"]
@@ -116,7 +117,7 @@ def sample_soft_tokens(logits: Tensor, params: SoftTokenParams, noise: NoiseSour
     `CounterNoise` can make the latter two, which depend on p. With `log_epsilon` (faithful mode) filtered candidates
     stay in the mixture at log(log_epsilon) while `retained` says that they were filtered. Logits of -inf never survive.
     """
-    values, ids = _largest(logits, params.max_candidates)
+    values, ids = largest_logits(logits, params.max_candidates)
     logprobs, retained, greedy = _filter(values, params)
     mixed = retained
     if params.log_epsilon > 0:
@@ -134,18 +135,6 @@ def sample_soft_tokens(logits: Tensor, params: SoftTokenParams, noise: NoiseSour
         noise=draws.gather(1, order),
         threshold=threshold,
     )
-
-
-def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest logits of each row, fp64, descending, equal ones by ascending id; and their ids, int64."""
-    if logits.dim() != 2 or logits.shape[1] < count:
-        raise ValueError(f"logits {tuple(logits.shape)}: need [B, V] with V >= max_candidates={count}")
-    values, ids = torch.topk(logits, count, dim=-1, sorted=False)
-    values = values.to(torch.float32) + 0.0  # -0.0 becomes 0.0: they are equal but have different bits
-    bits = values.view(torch.int32)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)  # compares as the floats do
-    order = torch.argsort((ordered << 32) | (0xFFFFFFFF - ids), dim=-1, descending=True)
-    return values.gather(1, order).to(torch.float64), ids.gather(1, order)
 
 
 def _column(value: float | Tensor) -> float | Tensor:
@@ -166,7 +155,7 @@ def _filter(values: Tensor, params: SoftTokenParams) -> tuple[Tensor, Tensor, bo
     temperature = _column(params.temperature)
     greedy = temperature == 0
     safe = torch.where(greedy, 1.0, temperature) if isinstance(temperature, Tensor) else temperature or 1.0
-    scaled = values / safe
+    scaled = values.to(torch.float64) / safe
     rank = torch.arange(values.shape[1], device=values.device)[None, :]
     kept = (rank < _column(params.top_k)) & (values > -math.inf) & ~_rows_but_first(greedy, rank.shape[1], rank.device)
     probabilities = torch.softmax(torch.where(kept, scaled, -math.inf), dim=-1)

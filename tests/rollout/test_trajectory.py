@@ -233,7 +233,7 @@ def test_runs_that_do_not_cover_the_response_are_named() -> None:
     for column in ("kind_runs", "version_runs"):
         position = SCHEMA.get_field_index(column)
         kept = batch.column(column).to_pylist()
-        for runs in ([], [{**kept[1][0], "length": 5}], [{**kept[1][0], "length": -8}]):
+        for runs in ([], [{**kept[1][0], "length": 5}], [{**kept[1][0], "length": n} for n in (9, -1)]):
             values = pa.array([kept[0], runs, kept[2]], SCHEMA.field(position).type)
             torn = batch.set_column(position, batch.schema.field(position), values)
             good, found = validate(torn, vocabulary_size=VOCABULARY, max_candidates=5)
