@@ -12,6 +12,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     VLLM_NO_USAGE_STATS="1",
     TOKENIZERS_PARALLELISM="false",
+    RAY_AUTH_MODE="token",  # read once, when ray is imported, which may be while tests are collected
 )
 
 import pytest
