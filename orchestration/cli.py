@@ -41,6 +41,7 @@ class Command:
 COMMANDS = (
     Command("train", "train a model from a recipe", "orchestration.cli:train"),
     Command("validate", "check a recipe, its data and its model; start nothing", "orchestration.cli:validate"),
+    Command("submit", "run a recipe as a Ray job", "orchestration.submit:main"),
     Command("kuberay", "render and validate Kubernetes manifests", "orchestration.kuberay_command:main"),
 )
 
