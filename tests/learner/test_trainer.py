@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +15,7 @@ from learner.trainer import Trainer
 from rollout.trajectory import pack, unpack
 from tests.learner.handmade import learner_spec, make_group
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single_process_group() -> Iterator[None]:
-    """DeepSpeed in this process: world size 1 on gloo."""
-    with socket.socket() as probe, pytest.MonkeyPatch.context() as patch:
-        probe.bind(("127.0.0.1", 0))
-        for key, value in {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(probe.getsockname()[1]),
-            "DS_ACCELERATOR": "cpu",
-        }.items():
-            patch.setenv(key, value)
-        probe.close()
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_rank")]
 
 
 def answer_log_prob(trainer: Trainer, group: ScoredGroup, row: int) -> float:

@@ -1,0 +1,31 @@
+"""Fixtures of the learner tests."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def single_rank() -> Iterator[None]:
+    """DeepSpeed in this process: world size 1 on gloo, gone afterwards (other tests make their own process group)."""
+    import deepspeed
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "DS_ACCELERATOR": "cpu",
+        }.items():
+            patch.setenv(key, value)
+        yield
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
