@@ -319,8 +319,8 @@ class PromptStream:
         """Continue after the visits of `state`; raises `ConfigError` if the data changed in between."""
         if state["digest"] != self._digest:
             raise ConfigError(
-                f"the training data changed since the checkpoint (digest {state['digest']}, now {self._digest}): resume "
-                "with the same file and limits, or start a new run under another name"
+                f"the training data changed since the checkpoint (digest {state['digest']}, now {self._digest}): "
+                "resume with the same file and limits, or start a new run under another name"
             )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._order = self._order_of(self._epoch)

@@ -1,0 +1,196 @@
+"""`validate` and `describe`: what a run will be, and one clear message for what it cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestration import machine
+from orchestration.config import Config, ConfigError, load_config, parse_config
+from orchestration.describe import describe
+from orchestration.validate import Resolved, pool_needs, validate
+
+CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+RECIPES = ("qwen-1.5b", "qwen-7b", "llama-3b", "dirichlet", "gaussian", "grpo-discrete")
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"w{i} w{i + 1}", "answer": str(i)}) for i in range(6)))
+    return path
+
+
+def configure(model_path: Path | str, data_path: Path, /, **sections: Any) -> Config:
+    tree: dict[str, Any] = {
+        "name": "t",
+        "model": {"path": str(model_path), "dtype": "float32", **sections.pop("model", {})},
+        "data": {"train": {"path": str(data_path)}, "max_prompt_tokens": 16, **sections.pop("data", {})},
+        "sampling": {"max_new_tokens": 32, **sections.pop("sampling", {})},
+        "algorithm": {"prompts_per_step": 2, "group_size": 4, **sections.pop("algorithm", {})},
+        **sections,
+    }
+    return parse_config(tree, "test")
+
+
+def test_a_valid_run_is_resolved(tiny_model_dir: Path, questions: Path) -> None:
+    evaluation = [{"path": str(questions), "name": "held-out", "limit": 3}]
+    resolved = validate(configure(tiny_model_dir, questions, data={"evaluation": evaluation})).require_complete()
+    assert resolved.end_of_thinking_id == 4
+    assert resolved.train is not None and len(resolved.train.rows) == len(resolved.train.prompt_ids) == 6
+    assert all(ids[-1] == 3 for ids in resolved.train.prompt_ids.values()), "prompts end with <think>"
+    assert [prompts.name for prompts in resolved.evaluation] == ["held-out"]
+    assert len(resolved.evaluation[0].rows) == 3
+
+
+def test_derived_facts_are_printed(tiny_model_dir: Path, questions: Path) -> None:
+    text = describe(validate(configure(tiny_model_dir, questions, pipeline={"max_staleness": 3})))
+    for fact in (
+        "6 prompts, prompts of 3 to 3 tokens, rule math",
+        "2 prompts x 4 responses = 8 responses, at most 256 tokens",
+        "at most 3 versions",
+        "8 groups outstanding = (3 + 1) x 2",
+        "(88 bytes a position)",
+        "t: valid",
+    ):
+        assert fact in text
+
+
+def edited_model(source: Path, target: Path, **config: Any) -> Path:
+    shutil.copytree(source, target)
+    file = target / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"end_of_thinking": "<never>"}}, r"end_of_thinking='<never>'"),
+        ({"model": {"end_of_thinking": 64}}, r"end_of_thinking=64: not an id"),
+        ({"data": {"max_prompt_tokens": 2}}, r"6 bad rows.*jsonl:1: the prompt has 3 tokens.*max_prompt_tokens=2"),
+        ({"sampling": {"max_new_tokens": 500}}, r"= 516 exceeds the 512 positions"),
+        ({"rollout": {"num_gpus": 64}}, r"ask for 64 GPUs, this machine has \d+; lower them, or set cluster.address"),
+        ({"cluster": {"local_cpus": 1}}, r"cluster.local_cpus=1, but the pools ask for 2.5"),
+    ],
+)
+def test_impossible_runs(
+    tiny_model_dir: Path, questions: Path, sections: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = configure(tiny_model_dir, questions, **sections)
+    with pytest.raises(ConfigError, match=f"(?s){words}"):
+        validate(config)
+
+
+def test_a_cache_too_small_for_one_sequence(tiny_model_dir: Path, questions: Path, tmp_path: Path) -> None:
+    wide = edited_model(tiny_model_dir, tmp_path / "wide", num_hidden_layers=200)
+    with pytest.raises(ConfigError, match=r"kv_cache_memory_mb=1 does not hold one sequence of 48 tokens"):
+        validate(configure(wide, questions, rollout={"kv_cache_memory_mb": 1}))
+
+
+def test_a_tokenizer_of_another_model(tiny_model_dir: Path, questions: Path, tmp_path: Path) -> None:
+    small = edited_model(tiny_model_dir, tmp_path / "small", vocab_size=60)
+    with pytest.raises(ConfigError, match=r"the tokenizer has ids up to 63, the embedding only 60 rows"):
+        validate(configure(small, questions))
+
+
+def test_gold_answers_that_no_response_can_match(tiny_model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    rows = [{"question": "w1", "answer": answer} for answer in ("12", "\\frac{1}{2}", "\\frac{")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match=r"q\.jsonl:3: gold answer .*frac") as error:
+        validate(configure(tiny_model_dir, path))
+    assert "data.max_bad_rows=1" in str(error.value)
+    kept = validate(configure(tiny_model_dir, path, data={"max_bad_rows": 1})).train
+    assert kept is not None and len(kept.rows) == 2
+
+
+def test_bad_rows_of_all_kinds_share_one_budget(tiny_model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    long = {"question": "w1 " * 40, "answer": "1"}
+    rows = [{"question": "w1", "answer": "1"}, {"question": "w1"}, {"question": "w2", "answer": "\\frac{"}, long]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match=r"3 bad rows.*max_bad_rows=3"):
+        validate(configure(tiny_model_dir, path, data={"max_bad_rows": 2}))
+    assert validate(configure(tiny_model_dir, path, data={"max_bad_rows": 3})).train
+
+
+def test_missing_weights_are_reported_and_stop_a_run(tiny_model_dir: Path, questions: Path, tmp_path: Path) -> None:
+    bare = edited_model(tiny_model_dir, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    resolved = validate(configure(bare, questions))
+    assert resolved.train is not None, "everything else was checked"
+    assert "no weights (*.safetensors)" in describe(resolved)
+    with pytest.raises(ConfigError, match="no weights"):
+        resolved.require_complete()
+
+
+def test_a_model_without_the_token_may_still_sample_discretely(tiny_model_dir: Path, questions: Path) -> None:
+    config = configure(
+        tiny_model_dir, questions, model={"end_of_thinking": "<never>"}, sampling={"thinking": "discrete"}
+    )
+    assert validate(config).end_of_thinking_id is None
+
+
+def test_an_ordinary_token_as_end_of_thinking_is_a_warning(tiny_model_dir: Path, questions: Path) -> None:
+    resolved = validate(configure(tiny_model_dir, questions, model={"end_of_thinking": 9}))
+    assert any("is an ordinary token" in warning for warning in resolved.warnings)
+
+
+def test_fewer_prompts_than_a_step_is_a_warning(tiny_model_dir: Path, questions: Path) -> None:
+    resolved = validate(configure(tiny_model_dir, questions, algorithm={"prompts_per_step": 7, "group_size": 2}))
+    assert any("6 prompts for steps of 7" in warning for warning in resolved.warnings)
+
+
+def test_pools_add_up() -> None:
+    config = configure("m", Path("d"), rollout={"num_actors": 3, "num_gpus": 2, "tensor_parallel_size": 2})
+    needs = pool_needs(config)
+    assert (needs.rollout_gpus, needs.gpus, needs.cpus) == (6, 6, 3 + 0.5 + 1)
+    fractional = configure("m", Path("d"), rollout={"num_gpus": 0.5}, learner={"num_gpus": 0.5})
+    assert pool_needs(fractional).gpus == 1
+
+
+@pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,1,GPU-abc", 3)])
+def test_gpus_are_those_visible(visible: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert machine.num_gpus() == count
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid_up_to_what_has_to_be_fetched(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert config.name == name
+    resolved = validate(config)
+    assert resolved.missing and all("hf download" in absent for absent in resolved.missing)
+    assert resolved.warnings == ()
+    assert f"{name}: valid, but something has to be fetched first" in describe(resolved)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_with_a_model_and_data_at_hand(
+    name: str, tiny_model_dir: Path, tmp_path: Path, shared_dir: Path
+) -> None:
+    model = edited_model(tiny_model_dir, tmp_path / "model", max_position_embeddings=16384)
+    data = shared_dir / "data"
+    config = load_config(
+        CONFIGS / f"{name}.yaml",
+        [
+            f"model.path={model}",
+            f"data.train.path={data / 'aime.parquet'}",
+            f"data.evaluation=[{{path: {data / 'amc23.json'}}}]",
+        ],
+    )
+    resolved: Resolved = validate(config).require_complete()
+    assert resolved.train is not None and len(resolved.train.rows) == 30
+
+
+def test_every_recipe_is_listed_here() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} - {"demo"} == set(RECIPES)
