@@ -116,7 +116,12 @@ def test_agrees_with_math_verify_called_directly() -> None:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     golds = json.loads((Path(__file__).parent / "golden" / "gold_answers.json").read_text(encoding="utf-8"))
     rng = random.Random(0)
-    wrappers = (r"So it is \boxed{%s}.", "The final answer is $%s$.", r"Thus $x$ holds and $\boxed{%s}$", r"\boxed{ %s }")
+    wrappers = (
+        r"So it is \boxed{%s}.",
+        "The final answer is $%s$.",
+        r"Thus $x$ holds and $\boxed{%s}$",
+        r"\boxed{ %s }",
+    )
     disagreements = []
     for i, gold in enumerate(golds):
         for given in (gold, rng.choice(golds)):

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reward.code_tests import TestsError, extract_program, read_tests
+from reward.extraction import Answer
+from reward.verdict import Grade, Verdict
+from reward.verifier import Verifier
+from tests.reward.hostile import hostile_programs
+
+HUMANEVAL = {
+    "prompt": "def add(a, b):\n    ",
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n",
+    "entry_point": "add",
+}
+MBPP = {"test_list": ["assert area(2, 3) == 6", "assert math.isclose(area(1, .5), .5)"], "test_import": ["import math"]}
+STANDARD_INPUT = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7.0\n"]}
+FUNCTION = {"test_cases": [{"input": "[1, 2]\n3", "output": "[1, 2, 3]"}], "fn_name": "extend"}
+
+
+def run(verifier: Verifier, programs: list[str], gold: dict[str, Any] | str) -> list[Grade]:
+    answers = [Answer(text, text) for text in (f"Here it is:\n```python\n{program}\n```\n" for program in programs)]
+    return verifier.score(answers, [gold] * len(answers), ["code"] * len(answers))
+
+
+@pytest.mark.parametrize(
+    ("gold", "program", "verdict"),
+    [
+        (HUMANEVAL, "def add(a, b):\n    return a + b", Verdict.CORRECT),
+        (HUMANEVAL, "return a + b", Verdict.CORRECT),
+        (HUMANEVAL, "def add(a, b):\n    return a - b", Verdict.INCORRECT),
+        (HUMANEVAL, "def sub(a, b):\n    return a - b", Verdict.INCORRECT),
+        (json.dumps(HUMANEVAL), "def add(a, b):\n    return a + b", Verdict.CORRECT),
+        (MBPP, "def area(a, b): return a * b", Verdict.CORRECT),
+        (MBPP, "def area(a, b): return a + b", Verdict.INCORRECT),
+        (MBPP, "def area(a, b: return", Verdict.UNPARSEABLE),
+        (STANDARD_INPUT, "a, b = map(int, input().split())\nprint(a + b)", Verdict.CORRECT),
+        (STANDARD_INPUT, "import sys\nprint(sum(map(int, sys.stdin.read().split())))\nsys.exit(0)", Verdict.CORRECT),
+        (STANDARD_INPUT, "print(3)", Verdict.INCORRECT),
+        (STANDARD_INPUT, "print(3)\nraise SystemExit(1)", Verdict.INCORRECT),
+        (FUNCTION, "class Solution:\n    def extend(self, l, x): return l + [x]", Verdict.CORRECT),
+        (FUNCTION, "def extend(l, x): return l", Verdict.INCORRECT),
+        (FUNCTION, "import numpy\ndef extend(l, x): return numpy.array([*l, x]).tolist()", Verdict.CORRECT),
+    ],
+)
+def test_programs(verifier: Verifier, gold: dict[str, Any] | str, program: str, verdict: Verdict) -> None:
+    (grade,) = run(verifier, [program], gold)
+    assert grade.verdict is verdict, grade
+    assert grade.extracted == program
+
+
+def test_hostile_programs(verifier: Verifier) -> None:
+    """None passes, none outlives its deadline, none leaves a trace."""
+    programs = hostile_programs()
+    grades = run(verifier, programs, HUMANEVAL | {"prompt": ""})
+    passed = [(p, g) for p, g in zip(programs, grades, strict=True) if g.verdict is Verdict.CORRECT]
+    assert not passed
+    assert max(grade.seconds for grade in grades) < 1.0 + 0.5
+    assert not Path("/tmp/softgrpo-hostile").exists()
+    assert run(verifier, ["def add(a, b): return a + b"], HUMANEVAL)[0].verdict is Verdict.CORRECT
+
+
+def test_hostile_programs_on_standard_input(verifier: Verifier) -> None:
+    grades = run(verifier, hostile_programs(), STANDARD_INPUT)
+    assert Verdict.CORRECT not in {grade.verdict for grade in grades}
+
+
+def test_real_tasks(verifier: Verifier, shared_dir: Path) -> None:
+    """Reference solutions of HumanEval and MBPP pass; the same code with its results negated does not."""
+    rows = json.loads((shared_dir / "data" / "humaneval.json").read_text())[::16]
+    golds = [row["final_answer"] for row in rows]
+    programs = [row["prompt"][0]["value"] + gold["canonical_solution"] for row, gold in zip(rows, golds, strict=True)]
+    rows = json.loads((shared_dir / "data" / "mbpp.json").read_text())[::24]
+    golds += [row["final_answer"] for row in rows]
+    programs += [row["final_answer"]["code"] for row in rows]
+    answers = [Answer(f"```python\n{program}\n```") for program in programs]
+    grades = verifier.score(answers, golds, ["code"] * len(answers))
+    assert [g for g in grades if g.verdict is not Verdict.CORRECT] == []
+    broken = [Answer(a.response_text.replace("return ", "return not ")) for a in answers]
+    wrong = verifier.score(broken, golds, ["code"] * len(answers))
+    assert sum(grade.verdict is Verdict.CORRECT for grade in wrong) <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("```python\na = 1\n```", "a = 1"),
+        ("```\na = 1\n```", "a = 1"),
+        ("first\n```py\na\n```\nbetter\n```python\nb\nc\n```\n", "b\nc"),
+        ("```python\na\n```\nand ```", "a"),
+        ("a = 1\n", "a = 1"),
+        ("```python\nunclosed", None),
+        ("", None),
+        ("``````", None),
+    ],
+)
+def test_extract_program(text: str, program: str | None) -> None:
+    assert extract_program(text) == program
+
+
+@pytest.mark.parametrize("gold", ["no json", "[]", {}, {"test": "x"}, {"inputs": ["1"], "outputs": []}])
+def test_gold_without_tests_is_refused(gold: Any) -> None:
+    with pytest.raises(TestsError):
+        read_tests(gold)
