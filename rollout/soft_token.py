@@ -118,11 +118,11 @@ def sample_soft_tokens(logits: Tensor, params: SoftTokenParams, noise: NoiseSour
     stay in the mixture at log(log_epsilon) while `retained` says that they were filtered. Logits of -inf never survive.
     """
     values, ids = largest_logits(logits, params.max_candidates)
-    logprobs, retained, greedy = _filter(values, params)
-    mixed = retained
+    logprobs, greedy = _filter(values, params)
+    retained = mixed = logprobs > -math.inf
     if params.log_epsilon > 0:
-        mixed = (values > -math.inf) & ~_rows_but_first(greedy, params.max_candidates, logits.device)
-        logprobs = torch.where(mixed, torch.log(torch.exp(logprobs) + params.log_epsilon), -math.inf)
+        mixed = (values > -math.inf) & (retained | ~greedy)
+        logprobs = torch.log(torch.exp(logprobs) + params.log_epsilon).masked_fill(~mixed, -math.inf)
     draws, perturbed = _perturb(logprobs, ids, mixed, greedy, params, noise)
     perturbed, order = torch.sort(perturbed, dim=-1, descending=True, stable=True)
     weights, threshold = _mixture(perturbed, params)
@@ -142,33 +142,30 @@ def _column(value: float | Tensor) -> float | Tensor:
     return value.to(torch.float64)[:, None] if isinstance(value, Tensor) else float(value)
 
 
-def _rows_but_first(greedy: bool | Tensor, count: int, device: torch.device) -> Tensor:
-    """[B, K] or [1, K]: every column but the first, in greedy rows."""
-    return greedy & (torch.arange(count, device=device) > 0)[None, :]
-
-
-def _filter(values: Tensor, params: SoftTokenParams) -> tuple[Tensor, Tensor, bool | Tensor]:
-    """fp64 log-probabilities renormalised over the retained (-inf elsewhere), the retained mask, greedy rows.
+def _filter(values: Tensor, params: SoftTokenParams) -> tuple[Tensor, Tensor]:
+    """fp64 log-probabilities [B, K] renormalised over the retained, -inf elsewhere; which rows are greedy, [B or 1, 1].
 
     The exclusive cumulative mass decides top-p, so the most probable candidate always survives.
     """
-    temperature = _column(params.temperature)
-    greedy = temperature == 0
-    safe = torch.where(greedy, 1.0, temperature) if isinstance(temperature, Tensor) else temperature or 1.0
-    scaled = values.to(torch.float64) / safe
-    rank = torch.arange(values.shape[1], device=values.device)[None, :]
-    kept = (rank < _column(params.top_k)) & (values > -math.inf) & ~_rows_but_first(greedy, rank.shape[1], rank.device)
-    probabilities = torch.softmax(torch.where(kept, scaled, -math.inf), dim=-1)
+    temperature, top_k, top_p = _column(params.temperature), _column(params.top_k), _column(params.top_p)
+    rank = torch.arange(values.shape[1], device=values.device)
+    if isinstance(temperature, Tensor):
+        greedy = temperature == 0
+        scaled = values / temperature.masked_fill(greedy, 1.0)
+    else:
+        greedy = torch.full((1, 1), temperature == 0, device=values.device)
+        scaled = values.to(torch.float64) / (temperature or 1.0)
+    scaled = scaled.masked_fill((rank >= top_k) | (greedy & (rank > 0)), -math.inf)
+    probabilities = torch.softmax(scaled, dim=-1)
     before = torch.cumsum(probabilities, dim=-1) - probabilities
-    top_p = _column(params.top_p)
     # top_p 1 keeps all, also a candidate so improbable that the mass before it rounds to 1.
-    kept = kept & ((before < top_p) | (top_p >= 1.0))
-    kept = kept & (probabilities >= _column(params.min_p) * probabilities[:, :1])
-    return torch.log_softmax(torch.where(kept, scaled, -math.inf), dim=-1), kept, greedy
+    out = (before >= top_p) & (top_p < 1.0)
+    out = out | (probabilities < _column(params.min_p) * probabilities[:, :1])
+    return torch.log_softmax(scaled.masked_fill(out, -math.inf), dim=-1), greedy
 
 
 def _perturb(
-    logprobs: Tensor, ids: Tensor, mixed: Tensor, greedy: bool | Tensor, params: SoftTokenParams, noise: NoiseSource
+    logprobs: Tensor, ids: Tensor, mixed: Tensor, greedy: Tensor, params: SoftTokenParams, noise: NoiseSource
 ) -> tuple[Tensor, Tensor]:
     """fp32 draws (0 outside the mixture) and perturbed values (-inf outside it)."""
     rounded = logprobs.to(torch.float32)
@@ -178,15 +175,11 @@ def _perturb(
     if params.noise_clip is not None:
         draws = draws.clamp(*params.noise_clip)
     if params.noise == "gumbel":
-        draws = torch.where(mixed & ~_as_mask(greedy, mixed), draws, 0.0)
-        scale = params.noise_scale[:, None].to(torch.float32) if isinstance(params.noise_scale, Tensor) else None
-        return draws, rounded + draws * (params.noise_scale if scale is None else scale)
-    draws = torch.where(_as_mask(greedy, mixed), 1.0, draws)
-    return torch.where(mixed, draws, 0.0), torch.where(mixed, draws, -math.inf)
-
-
-def _as_mask(flag: bool | Tensor, like: Tensor) -> Tensor:
-    return flag if isinstance(flag, Tensor) else torch.full_like(like, flag)
+        draws = draws.masked_fill(~mixed | greedy, 0.0)
+        scale = params.noise_scale
+        return draws, rounded + draws * (scale.to(torch.float32)[:, None] if isinstance(scale, Tensor) else scale)
+    draws = draws.masked_fill(greedy, 1.0)
+    return draws.masked_fill(~mixed, 0.0), draws.masked_fill(~mixed, -math.inf)
 
 
 def _draw(logprobs: Tensor, ids: Tensor, mixed: Tensor, params: SoftTokenParams, noise: NoiseSource) -> Tensor:
@@ -195,7 +188,7 @@ def _draw(logprobs: Tensor, ids: Tensor, mixed: Tensor, params: SoftTokenParams,
         sigma = GAUSSIAN_SIGMA * _column(params.noise_scale)
         return (torch.exp(logprobs) + sigma * noise.normal(ids).to(torch.float64)).to(torch.float32)
     if isinstance(noise, CounterNoise) and params.noise == "dirichlet":
-        return noise.gamma(ids, torch.where(mixed, torch.exp(logprobs), 1.0))
+        return noise.gamma(ids, torch.exp(logprobs).masked_fill(~mixed, 1.0))
     draws = noise if isinstance(noise, Tensor) else noise(ids)
     if draws.shape != ids.shape:
         raise ValueError(f"noise {tuple(draws.shape)}: need one draw per candidate, {tuple(ids.shape)}")
@@ -206,14 +199,14 @@ def _mixture(perturbed: Tensor, params: SoftTokenParams) -> tuple[Tensor, Tensor
     """fp32 weights of sorted perturbed values (0 where censored) and the censoring threshold [B]."""
     values = perturbed.to(torch.float64)
     if params.noise in ("gaussian", "dirichlet"):
-        present = torch.where(perturbed > -math.inf, values, 0.0)
+        present = values.masked_fill(perturbed == -math.inf, 0.0)
         return (present / present.sum(dim=-1, keepdim=True)).to(torch.float32), None
     tau = 1.0 if params.noise == "none" else _column(params.gumbel_temperature)
     threshold = None
     if params.censor_delta is not None:
         # Compared in fp32 with the fp32 values, as the learner does with what was stored.
         threshold = (values[:, :1] + tau * math.log(params.censor_delta)).to(torch.float32)
-        values = torch.where(perturbed >= threshold, values, -math.inf)
+        values = values.masked_fill(perturbed < threshold, -math.inf)
         threshold = threshold.squeeze(1)
     return torch.softmax((values - values[:, :1]) / tau, dim=-1).to(torch.float32), threshold
 
