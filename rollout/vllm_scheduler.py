@@ -7,9 +7,8 @@ Stock keys are hashes of token ids. For us two more things decide what is in a K
                      be of the emitted ids
 
 A block is thus only ever found by a request that would compute the same contents. When weights are swapped, every
-request is re-keyed: waiting ones to the new version (still shared inside their group), running ones, which hold KV of
-the old version, to private keys. A private key is never found before it is computed under one version alone, because a
-request that is preempted afterwards starts from a miss.
+request is re-keyed: waiting ones, which hold no KV, to the new version (still shared inside their group); running
+ones, whose KV is of several versions from now on, to private keys, which nobody but the request itself can look up.
 """
 
 from __future__ import annotations
