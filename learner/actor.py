@@ -60,20 +60,20 @@ class LearnerRank:
             self._trainer.load(Path(checkpoint))
         return {"rank": self.rank, "pid": os.getpid(), **self._trainer.describe()}
 
-    def train(self, groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:
-        """One training step from policy `version` to `version` + 1; collective."""
+    def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+        """Training step number `step`; collective."""
         import ray
 
         refs = [group.batch for group in groups]
         batches = ray.get(refs, timeout=self.spec.sync_timeout_s)
         resolved = [replace(group, batch=batch) for group, batch in zip(groups, batches, strict=True)]
-        return self.trainer.train(resolved, version)
+        return self.trainer.train(resolved, step)
 
     def publish(self, version: int) -> Iterator[np.ndarray | WeightManifest]:
         """Yield the weights of `version` as flat shards, the manifest last; collective, only rank 0 yields."""
         from rollout.weights import iterate_shards, make_manifest
 
-        weights = self.trainer.weights(version)
+        weights = self.trainer.weights()
         if self.rank != 0:
             for _ in weights:
                 pass

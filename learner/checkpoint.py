@@ -1,7 +1,7 @@
 """The resumable state of a learner: DeepSpeed's own files plus our facts, written into one given folder and synced.
 
 `save` writes only below that folder; making the result atomic (manifest, rename) is the caller's job, so DeepSpeed's
-`latest` file is never written. The policy version decides the learning rate, and nothing in a learner step is random.
+`latest` file is never written. The step decides the learning rate, and nothing in a learner step is random.
 """
 
 from __future__ import annotations

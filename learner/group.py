@@ -60,17 +60,17 @@ class LearnerGroup:
         facts = await self._collect("start", [rank.start.remote(master, place) for rank in self._ranks], deadline)
         return {**facts[0], "pids": [fact["pid"] for fact in facts], "generation": self.generation}
 
-    async def train(self, groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:
-        """One training step on all ranks: policy `version` becomes `version` + 1. Metrics are named `area/name`.
+    async def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+        """Training step number `step` (from 0) on all ranks. Metrics are named `area/name`.
 
-        Raises `ReplayError` (the group stays alive, the version stays) if nothing can be trained.
+        Raises `ReplayError` (the group stays alive, the step is not counted) if nothing can be trained.
         """
-        calls = [rank.train.remote(list(groups), version) for rank in self._started()]
+        calls = [rank.train.remote(list(groups), step) for rank in self._started()]
         metrics = await self._collect("train", calls, self._deadline(self.spec.step_timeout_s))
         return dict(metrics[0])
 
     async def publish(self, version: int) -> PublishedWeights:
-        """The weights of `version` as objects owned by the caller, which therefore survive the learner."""
+        """The current weights, labelled `version`, as objects owned by the caller, which therefore survive the learner."""
         deadline = self._deadline(self.spec.sync_timeout_s)
         first, *others = self._started()
         streamed = first.publish.options(num_returns="streaming").remote(version)

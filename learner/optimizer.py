@@ -49,11 +49,11 @@ def effective_zero_stage(spec: LearnerSpec) -> int:
     return max(spec.zero_stage, 1) if spec.dtype == "bfloat16" or spec.offload_optimizer else spec.zero_stage
 
 
-def learning_rate(spec: LearnerSpec, version: int) -> float:
-    """The rate of the training step that makes `version` + 1; a function of the version, so that resuming is exact."""
-    warm = min(1.0, (version + 1) / spec.warmup_steps) if spec.warmup_steps else 1.0
+def learning_rate(spec: LearnerSpec, step: int) -> float:
+    """The rate of training step `step` (from 0); a function of the step, so that resuming is exact."""
+    warm = min(1.0, (step + 1) / spec.warmup_steps) if spec.warmup_steps else 1.0
     span = max(1, spec.total_steps - spec.warmup_steps)
-    progress = min(1.0, max(0, version - spec.warmup_steps) / span)
+    progress = min(1.0, max(0, step - spec.warmup_steps) / span)
     decay = {
         "constant": 1.0,
         "linear": 1.0 - progress,

@@ -36,12 +36,12 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """The policy on one rank; `version` is the number of training steps it has seen."""
+    """The policy on one rank; `steps` is the number of training steps it has seen."""
 
     def __init__(self, spec: LearnerSpec, rank: int) -> None:
         self.spec = spec
         self.rank = rank
-        self.version = 0
+        self.steps = 0
         self.settings = objective_settings(spec)
         initialize_distributed(spec)
         torch.manual_seed(spec.seed)
@@ -53,28 +53,28 @@ class Trainer:
         """Facts for the driver's log."""
         counted = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.policy.parameters()]
         return {
-            "version": self.version,
+            "steps": self.steps,
             "zero_stage": effective_zero_stage(self.spec),
             "num_parameters": sum(count for count, _ in counted),
             "num_trainable": sum(count for count, trainable in counted if trainable),
         }
 
-    def train(self, groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:
-        """One training step on resolved groups, from `version` to `version` + 1; the same metrics on every rank."""
+    def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+        """Training step number `step` (from 0) on resolved groups; the same metrics on every rank."""
         started = time.perf_counter()
-        if version != self.version:
-            raise LearnerError(f"asked to train version {version}, the learner is at {self.version}")
+        if step != self.steps:
+            raise LearnerError(f"asked to train step {step}, the learner is at step {self.steps}")
         plan = plan_step(groups, self.spec, self.policy.inputs.vocab_size)
         mini_batches = [rank_batches(samples, self.spec, self.rank) for samples in plan.mini_batches]
         planned = time.perf_counter()
         mini_batches = self._score(mini_batches)
         scored = time.perf_counter()
-        rate = learning_rate(self.spec, version)
+        rate = learning_rate(self.spec, step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         steps = [self._update(batches) for _ in range(self.spec.epochs) for batches in mini_batches]
-        self.version += 1
-        if self.reference is not None and self.spec.kl_refresh_every and self.version % self.spec.kl_refresh_every == 0:
+        self.steps += 1
+        if self.reference is not None and self.spec.kl_refresh_every and self.steps % self.spec.kl_refresh_every == 0:
             self._refresh_reference()
         finished = time.perf_counter()
         times = {
@@ -91,20 +91,18 @@ class Trainer:
             "learner/tokens_per_s": plan.metrics["learner/tokens"] / times["learner/step_s"],
         }
 
-    def weights(self, version: int) -> Iterator[tuple[str, Tensor]]:
-        """Named weights of `version`, which must be the current one."""
-        if version != self.version:
-            raise LearnerError(f"asked to publish version {version}, the learner is at {self.version}")
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights by their Hugging Face names."""
         return named_weights(self.policy)
 
     def save(self, directory: Path) -> None:
         """Write the resumable state below `directory`."""
-        facts = {"version": self.version, "world_size": self.spec.world_size, **self.describe()}
+        facts = {"world_size": self.spec.world_size, **self.describe()}
         save_state(self.engine, directory, facts, self.rank)
 
     def load(self, directory: Path) -> None:
         """Restore the state that `save` wrote."""
-        self.version = int(load_state(self.engine, directory)["version"])
+        self.steps = int(load_state(self.engine, directory)["steps"])
 
     def export(self, directory: Path) -> None:
         """Write a Hugging Face checkpoint into `directory`."""
@@ -159,7 +157,7 @@ class Trainer:
         self.engine.step()
         norm, skipped = float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
         if skipped:
-            logger.warning("rank %d: gradients of version %d are not finite, step skipped", self.rank, self.version)
+            logger.warning("rank %d: gradients of step %d are not finite, step skipped", self.rank, self.steps)
         return Statistics.merged(parts, self.spec.device), norm, skipped, seconds
 
     def _reference_head(self) -> AbstractContextManager[Tensor | None]:

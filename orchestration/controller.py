@@ -71,7 +71,7 @@ class Verifier(Protocol):
 class Learner(Protocol):
     """The learner group."""
 
-    async def train(self, groups: Sequence[ScoredGroup], version: int) -> dict[str, float]: ...
+    async def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]: ...
     async def publish(self, version: int) -> PublishedWeights: ...
     async def save(self, directory: Path) -> None: ...
     async def start(self, checkpoint: Path | None) -> dict[str, Any]: ...
@@ -240,7 +240,7 @@ class Controller:
             self._metrics.observe(group, self.slots.age(group_id))
         self.slots.start_training(group_ids)
         groups = [group.scored(self.config.reward.on_failure) for group in finished]
-        learned = await self.parts.learner.train(groups, version)
+        learned = await self.parts.learner.train(groups, self.step)
         self._metrics.update(learned)
         self._metrics.add("time/train_s", _now() - started)
         await self._publish(version + 1)

@@ -50,7 +50,7 @@ def test_two_ranks_train_publish_and_fail_by_name(tiny_model_dir: Path, tmp_path
     async def scenario() -> None:
         pair = LearnerGroup(dataclasses.replace(spec, world_size=2), RANK_OPTIONS)
         facts = await pair.start(None)
-        assert len(facts["pids"]) == 2 and facts["version"] == 0
+        assert len(facts["pids"]) == 2 and facts["steps"] == 0
         try:
             found = [await pair.train(in_store(groups), version) for version in range(3)]
             check_published(await published_weights(pair, 3), weights)
@@ -62,7 +62,7 @@ def test_two_ranks_train_publish_and_fail_by_name(tiny_model_dir: Path, tmp_path
             after_save = await pair.train(in_store(groups), 3)
             await a_dead_rank_is_named(pair, facts["pids"][1], in_store(groups))
             resumed = await pair.start(tmp_path)
-            assert resumed["version"] == 3 and resumed["generation"] == 2
+            assert resumed["steps"] == 3 and resumed["generation"] == 2
             assert await pair.train(in_store(groups), 3) == approx_metrics(after_save)
         finally:
             pair.kill()

@@ -29,7 +29,7 @@ def answer_log_prob(trainer: Trainer, group: ScoredGroup, row: int) -> float:
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: weight.clone() for name, weight in trainer.weights(trainer.version)}
+    return {name: weight.clone() for name, weight in trainer.weights()}
 
 
 def test_steps_raise_the_probability_of_what_was_rewarded(tiny_model_dir: Path) -> None:
@@ -49,13 +49,11 @@ def test_steps_raise_the_probability_of_what_was_rewarded(tiny_model_dir: Path) 
     assert all(math.isfinite(value) for value in first.values())
 
 
-def test_versions_must_follow_each_other(tiny_model_dir: Path) -> None:
+def test_steps_must_follow_each_other(tiny_model_dir: Path) -> None:
     trainer = Trainer(learner_spec(tiny_model_dir), rank=0)
     trainer.train([make_group(0)], 0)
-    with pytest.raises(LearnerError, match="asked to train version 0, the learner is at 1"):
+    with pytest.raises(LearnerError, match="asked to train step 0, the learner is at step 1"):
         trainer.train([make_group(0)], 0)
-    with pytest.raises(LearnerError, match="asked to publish version 0"):
-        trainer.weights(0)
 
 
 def test_kl_pulls_back_to_the_start(tiny_model_dir: Path) -> None:
@@ -100,7 +98,7 @@ def test_refused_trajectories_are_named_and_the_rest_trains(
     assert "prompt0@0/2: column candidate_ids" in caplog.text
     with pytest.raises(ReplayError, match="column noise"):
         trainer.train([ScoredGroup("g", pack(rows[1:2]), (1.0,), (True,))], 1)
-    assert trainer.version == 1
+    assert trainer.steps == 1
 
 
 def test_non_finite_gradients_skip_the_step(tiny_model_dir: Path) -> None:
@@ -127,7 +125,7 @@ def test_save_and_load_continue_the_same_curve(tiny_model_dir: Path, tmp_path: P
     uninterrupted = [trainer.train(groups, version) for version in (1, 2)]
     resumed = Trainer(spec, rank=0)
     resumed.load(tmp_path)
-    assert resumed.version == 1
+    assert resumed.steps == 1
     again = [resumed.train(groups, version) for version in (1, 2)]
     for expected, found in zip(uninterrupted, again, strict=True):
         assert found["objective/policy_loss"] == expected["objective/policy_loss"]

@@ -56,8 +56,11 @@ class SimulatedActor:
     """A continuous-batching engine: every running response advances one token per step."""
 
     index: int
+    seats: asyncio.Semaphore
+    """Responses that decode together; the rest queue in the engine."""
     version: int = 0
     in_flight: int = 0
+    running: int = 0
 
 
 @dataclass
@@ -82,17 +85,16 @@ class SimulatedRollout:
 
     def __init__(self, actors: int, slots_per_actor: int, timing: Timing, rng: random.Random) -> None:
         self.changed = asyncio.Event()
-        self.actors = [SimulatedActor(index) for index in range(actors)]
-        self.slots_per_actor, self.timing, self.rng = slots_per_actor, timing, rng
+        self.actors = [SimulatedActor(index, asyncio.Semaphore(slots_per_actor)) for index in range(actors)]
+        self.max_in_flight, self.timing, self.rng = 2 * slots_per_actor, timing, rng
         self.lose: Callable[[str], bool] = lambda group_id: False
-        self.generated_tokens = 0
-        self.busy_s = 0.0
+        self.busy_seats_s = 0.0
 
     def raise_if_broken(self) -> None:
         return
 
     def pick(self, accepts_version: Callable[[int], bool]) -> SimulatedActor | None:
-        free = [a for a in self.actors if a.in_flight < self.slots_per_actor and accepts_version(a.version)]
+        free = [a for a in self.actors if a.in_flight < self.max_in_flight and accepts_version(a.version)]
         return min(free, key=lambda actor: (actor.in_flight, actor.index), default=None)
 
     async def generate(self, member: SimulatedActor, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
@@ -100,13 +102,12 @@ class SimulatedRollout:
         member.in_flight += len(requests)
         try:
             lengths = [self.timing.draw_length(self.rng) for _ in requests]
-            await self._decode(member, max(lengths))
+            await asyncio.gather(*(self._decode(member, length) for length in lengths))
             if self.lose(requests[0].group_id):
                 raise ActorLost("simulated")
         finally:
             member.in_flight -= len(requests)
             self.changed.set()
-        self.generated_tokens += sum(lengths)
         summary = GroupSummary(
             group_id=requests[0].group_id,
             request_ids=tuple(request.request_id for request in requests),
@@ -122,10 +123,17 @@ class SimulatedRollout:
         return requests[0].group_id, summary
 
     async def _decode(self, member: SimulatedActor, tokens: int) -> None:
-        """The group's longest response, at a rate that follows the actor's load (ten looks are enough)."""
-        for _ in range(10):
-            step = self.timing.base_step_s + self.timing.step_per_response_s * member.in_flight
-            await asyncio.sleep(tokens / 10 * step)
+        """One response, at a rate that follows the engine's load (ten looks are enough)."""
+        async with member.seats:
+            member.running += 1
+            started = asyncio.get_running_loop().time()
+            try:
+                for _ in range(10):
+                    step_s = self.timing.base_step_s + self.timing.step_per_response_s * member.running
+                    await asyncio.sleep(tokens / 10 * step_s)
+            finally:
+                member.running -= 1
+                self.busy_seats_s += asyncio.get_running_loop().time() - started
 
     def publish(self, weights: PublishedWeights) -> None:
         for actor in self.actors:
@@ -157,7 +165,7 @@ class SimulatedLearner:
     busy_s: float = 0.0
     die: Callable[[], bool] = lambda: False
 
-    async def train(self, groups: Sequence[Any], version: int) -> dict[str, float]:
+    async def train(self, groups: Sequence[Any], step: int) -> dict[str, float]:
         await asyncio.sleep(self.timing.train_s)
         if self.die():
             raise LearnerError("rank 0 died in train (simulated)")

@@ -91,7 +91,7 @@ def test_a_group_that_never_finishes_is_dropped_for_age_and_issued_again(tmp_pat
 
         async def slow(member, tokens):
             seen["groups"] += 1
-            await decode(member, tokens if seen["groups"] != 3 else 10**9)
+            await decode(member, tokens if seen["groups"] != 5 else 10**9)
 
         simulation.rollout._decode = slow
 
