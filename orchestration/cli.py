@@ -42,6 +42,7 @@ COMMANDS = (
     Command("train", "train a model from a recipe", "orchestration.cli:train"),
     Command("validate", "check a recipe, its data and its model; start nothing", "orchestration.cli:validate"),
     Command("submit", "run a recipe as a Ray job", "orchestration.submit:main"),
+    Command("doctor", "say what would stop a run on this machine, and the fix", "orchestration.doctor:main"),
     Command("kuberay", "render and validate Kubernetes manifests", "orchestration.kuberay_command:main"),
 )
 
@@ -75,7 +76,7 @@ def train(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--auto-resume", action="store_true", help="--resume if the run directory exists (for automatic retries)"
     )
-    namespace = parser.parse_args(arguments)
+    namespace = parser.parse_intermixed_args(arguments)
     from orchestration.config import load_config
 
     config = load_config(namespace.config, namespace.overrides)
@@ -88,7 +89,7 @@ def train(arguments: Sequence[str]) -> int:
 def validate(arguments: Sequence[str]) -> int:
     """`softgrpo validate`: print what a recipe means on this machine; 2 if it could not run."""
     parser = recipe_parser("validate", "Check a recipe, its data and its model; start nothing.")
-    namespace = parser.parse_args(arguments)
+    namespace = parser.parse_intermixed_args(arguments)
     from orchestration.config import load_config
     from orchestration.describe import describe
     from orchestration.validate import validate as validate_config
