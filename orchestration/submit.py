@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import secrets
 import shlex
 import socket
@@ -30,6 +29,7 @@ from urllib.parse import urlsplit
 from orchestration.code_package import WARN_ABOVE, build_package
 from orchestration.config import Config, ConfigError, dump_config, load_config
 from orchestration.kuberay import config_digest
+from orchestration.redaction import SECRET_NAME
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -47,7 +47,6 @@ LOST_AFTER_S = 120.0
 POLL_S = 1.0
 FORWARDED = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME")
 """Taken from the caller's environment when set; never credentials, because everyone who reads the job sees them."""
-SECRET_NAME = re.compile(r"TOKEN|PASSWORD|SECRET|CREDENTIAL|(^|_)KEY($|_)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
