@@ -16,7 +16,6 @@ import math as numbers
 import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from reward.code_tests import MAX_PROGRAM_CHARS, TestsError, extract_program, read_tests
@@ -275,9 +274,7 @@ def _text(gold: Gold) -> str:
 
 
 _LETTER = re.compile(r"\(?\s*([A-Z])\s*\)?(?![A-Za-z])")
-_CHOICE_PHRASE = re.compile(
-    r'(?i:answer|choice|option)"?\s?(?:is|:|=)?[\s"*(\[{]{0,8}([A-Z])(?![A-Za-z])'
-)
+_CHOICE_PHRASE = re.compile(r'(?i:answer|choice|option)"?\s?(?:is|:|=)?[\s"*(\[{]{0,8}([A-Z])(?![A-Za-z])')
 
 
 def _choice_letter(answer: Answer) -> str | None:
@@ -313,7 +310,7 @@ def _number(text: str) -> float | None:
         plain = f"{match.group(2)}/{match.group(3)}" if match.group(1) != "-" else f"-{match.group(2)}/{match.group(3)}"
     top, slash, bottom = plain.partition("/")
     try:
-        value = float(Fraction(top) / Fraction(bottom)) if slash else float(top)
-    except (ValueError, ZeroDivisionError, OverflowError):
+        value = float(top) / float(bottom) if slash else float(top)
+    except (ValueError, ZeroDivisionError):
         return None
     return value if numbers.isfinite(value) else None

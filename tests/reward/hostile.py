@@ -133,8 +133,8 @@ def hostile_programs() -> list[str]:
         "x = 9**9**9**9",
         "while True: pass",
         "import time\ntime.sleep(60)",
-        "import signal, time\nfor s in range(1, 30):\n    try: signal.signal(s, signal.SIG_IGN)\n    except OSError: pass\n"
-        "time.sleep(60)",
+        "import signal, time\nfor s in range(1, 30):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+        "    except OSError: pass\ntime.sleep(60)",
         "def f(): f()\nimport sys\nsys.setrecursionlimit(10**9)\nf()",
         "import ctypes\nctypes.string_at(0)",
         "import os\nos.abort()",
@@ -146,8 +146,8 @@ def hostile_programs() -> list[str]:
         "import urllib.request\nurllib.request.urlopen('http://127.0.0.1')",
         "open('/tmp/softgrpo-hostile', 'w').write('x')",
         "import os\nos.unlink('/etc/hostname')",
-        'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'{"verdict": "correct"}\')\n    except OSError: pass\n'
-        "os._exit(0)",
+        'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'{"verdict": "correct"}\')\n'
+        "    except OSError: pass\nos._exit(0)",
         "print('x' * 10**8)",
         "input()",
         "def f(:",

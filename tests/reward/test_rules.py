@@ -93,7 +93,8 @@ def test_exact(text: str, gold: str, verdict: Verdict) -> None:
         ("numeric", r"\boxed{1/0}", "3", Verdict.UNPARSEABLE),
         ("numeric", r"\boxed{" + "9" * 1000 + "}", "3", Verdict.UNPARSEABLE),
         ("numeric", r"\boxed{1e999999999}", "3", Verdict.UNPARSEABLE),
-        ("numeric", r"\boxed{1/1e999999999}", "3", Verdict.UNPARSEABLE),
+        ("numeric", r"\boxed{1/1e999999999}", "3", Verdict.INCORRECT),
+        ("numeric", r"\boxed{1e999999999/1e999999999}", "1", Verdict.UNPARSEABLE),
     ],
 )
 def test_numeric(rule: str, text: str, gold: str, verdict: Verdict) -> None:
