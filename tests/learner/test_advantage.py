@@ -54,11 +54,13 @@ def test_bnpo_wants_success_rates() -> None:
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "bnpo"])
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3])
 def test_equal_rewards_give_exactly_zero(estimator: str, reward: float) -> None:
-    rewards = torch.tensor([reward] * 7 + [1.0, 0.0])
-    groups = torch.tensor([5] * 7 + [6] * 2)
-    advantages = group_advantage(rewards, groups, estimator=estimator)  # type: ignore[arg-type]
-    assert torch.equal(advantages[:7], torch.zeros(7))
-    assert (advantages[7:] != 0).all()
+    """Also where their mean is not exact: ten times 0.1 in fp64."""
+    for size, dtype in ((7, torch.float32), (10, torch.float64)):
+        rewards = torch.tensor([reward] * size + [1.0, 0.0], dtype=dtype)
+        groups = torch.tensor([5] * size + [6] * 2)
+        advantages = group_advantage(rewards, groups, estimator=estimator)  # type: ignore[arg-type]
+        assert torch.equal(advantages[:size], torch.zeros(size, dtype=dtype))
+        assert (advantages[size:] != 0).all()
 
 
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))

@@ -17,7 +17,7 @@ from learner.attention import attention_inputs, use_packed_attention
 from learner.diagnostics import SUMS, Statistics
 from learner.embedding import replay_embeddings
 from learner.objective import ObjectiveSettings, objective, score_positions
-from learner.packing import ReplayBatch, plan_packs
+from learner.packing import ReplayBatch, ScoredLogits, plan_packs
 from rollout.trajectory import Kind
 from tests.learner.sequences import VOCABULARY, Replayed, pack, random_sequences
 
@@ -306,6 +306,43 @@ def test_mismatch_between_engine_and_learner() -> None:
     assert metrics["mismatch/max_answer"] == pytest.approx(0.3)
     assert metrics["mismatch/kl_answer"] == pytest.approx(math.exp(0.3) - 1 - 0.3)
     assert metrics["mismatch/max_thinking"] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("likelihood", ["censored", "gumbel"])
+def test_behaviour_values_replace_the_old_forward_pass(likelihood: str) -> None:
+    """`behaviour` equals `recompute` whose old scores are those that the engine recorded."""
+    sequences = random_sequences(LENGTHS)
+    batch = pack(sequences, weights_of(sequences, "token_mean"))
+    hidden, weight = random_head(batch)
+    settings = ObjectiveSettings(likelihood=likelihood, old_log_density="behaviour")  # type: ignore[arg-type]
+    loss, _ = objective(hidden, weight, batch, settings)
+    recorded = ScoredLogits(batch.behaviour_logprobs, batch.behaviour_log_prob)
+    recomputed, _ = objective(
+        hidden, weight, replace(batch, old=recorded), replace(settings, old_log_density="recompute")
+    )
+    torch.testing.assert_close(loss, recomputed)
+    on_policy, _ = objective(hidden, weight, batch, replace(settings, old_log_density="recompute"))
+    assert abs(float(on_policy.detach()) - float(loss.detach())) > 1e-3
+
+
+def test_importance_weights_multiply_the_policy_loss() -> None:
+    """The engine gave every discrete token e^-0.2 (e^-5) less than the learner does: weight e^0.2 (the cap)."""
+    sequences = random_sequences(LENGTHS)
+    batch = pack(sequences, weights_of(sequences, "token_mean"))
+    hidden, weight = random_head(batch)
+    own = score_positions(hidden, weight, batch)
+    logprobs = own.candidate_logits.masked_fill(~batch.retained, -torch.inf).log_softmax(-1)
+    discrete = batch.kinds == Kind.DISCRETE
+    losses = -batch.advantages * batch.weights  # ppo at ratio 1
+    for gap, expected_weight in ((0.2, math.exp(0.2)), (5.0, 2.0)):
+        recorded = own.log_prob - torch.where(discrete, gap, 0.0)
+        observed = replace(batch, behaviour_logprobs=logprobs, behaviour_log_prob=recorded)
+        loss, statistics = objective(hidden, weight, observed, ObjectiveSettings(importance_cap=2.0))
+        weights = torch.where(discrete, expected_weight, 1.0)
+        torch.testing.assert_close(loss, (losses * weights).sum())
+        assert statistics.metrics()["objective/importance_weight"] == pytest.approx(float(weights.mean()))
+        unweighted, _ = objective(hidden, weight, observed, ObjectiveSettings())
+        torch.testing.assert_close(unweighted, losses.sum())
 
 
 def test_soft_statistics_and_unknown_names() -> None:
