@@ -1,0 +1,147 @@
+"""Evaluation over pools that answer from memory: counts, seeds, order, failures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from orchestration.dataset import PromptRow
+from orchestration.evaluate import MAX_GROUP, EvaluationSettings, FinishedCall, evaluate
+from orchestration.validate import PromptSet
+from reward.verdict import Grade, Verdict
+from rollout.request import GroupSummary, RolloutRequest
+
+
+def row(name: str) -> PromptRow:
+    return PromptRow(name, ({"role": "user", "content": name},), "1", "toy", "math", 1)
+
+
+def prompt_set(*names: str) -> PromptSet:
+    return PromptSet("toy", tuple(map(row, names)), {name: (1, 2, len(name)) for name in names})
+
+
+class MemoryPools:
+    """Answers with the sample index; correct where `is_correct(prompt, index)`; rows come back in reverse order."""
+
+    def __init__(self, is_correct: Any = lambda prompt, index: index == 0) -> None:
+        self.is_correct = is_correct
+        self.requests: list[RolloutRequest] = []
+        self.in_flight = 0
+        self.cancelled = 0
+
+    async def respond(self, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
+        self.requests += requests
+        self.in_flight += 1
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        rows = list(requests)[::-1]
+        summary = GroupSummary(
+            group_id=requests[0].group_id,
+            request_ids=tuple(request.request_id for request in rows),
+            lengths=tuple(10 + request.sample_index for request in rows),
+            soft_lengths=tuple(4 for _ in rows),
+            oldest_version=3,
+            newest_version=5,
+            num_truncated=1,
+            entropy=0.5,
+            top_weight=0.9,
+            seconds=0.1,
+        )
+        return rows, summary
+
+    async def score(self, batch: Any, gold: Any, rule: str) -> list[Grade]:
+        return [self.grade(request) for request in batch]
+
+    def grade(self, request: RolloutRequest) -> Grade:
+        right = self.is_correct(request.prompt_id, request.sample_index)
+        return Grade(Verdict.CORRECT if right else Verdict.INCORRECT, float(right), str(request.sample_index))
+
+
+def run(pools: Any, *names: str, **settings: Any) -> Any:
+    return asyncio.run(evaluate(pools, prompt_set(*names), EvaluationSettings(**settings)))
+
+
+def test_every_question_gets_its_samples_in_order() -> None:
+    pools = MemoryPools(lambda prompt, index: prompt == "easy" or index == 3)
+    result = run(pools, "easy", "hard", samples=8)
+    assert [question.row.prompt_id for question in result.questions] == ["easy", "hard"]
+    hard = result.questions[1]
+    assert hard.correct == tuple(index == 3 for index in range(8))
+    assert [sample.length for sample in hard.samples] == [10 + index for index in range(8)]
+    assert result.pass_at(1) == pytest.approx((1 + 1 / 8) / 2)
+    assert result.pass_at(8) == 1.0
+    assert result.first(2) == 0.5
+    assert result.summary() == {"pass@1": result.pass_at(1), "pass@16": 1.0, "mean_length": 13.5}
+
+
+def test_many_samples_are_several_calls_with_the_same_seeds_as_one() -> None:
+    many, few = MemoryPools(), MemoryPools()
+    run(many, "q", samples=2 * MAX_GROUP + 3)
+    run(few, "q", samples=5)
+    seeds = [request.seed for request in many.requests]
+    assert len(set(seeds)) == len(seeds) == 2 * MAX_GROUP + 3
+    assert seeds[:5] == [request.seed for request in few.requests]
+    assert len({request.request_id for request in many.requests}) == len(seeds)
+    assert max(len([r for r in many.requests if r.group_id == g]) for g in {r.group_id for r in many.requests}) == 16
+
+
+def test_seeds_depend_on_the_evaluation_seed_and_the_question_but_not_on_the_tag() -> None:
+    def seeds(*names: str, **settings: Any) -> dict[str, int]:
+        pools = MemoryPools()
+        run(pools, *names, samples=1, **settings)
+        return {request.prompt_id: request.seed for request in pools.requests}
+
+    before, after = seeds("a", "b", tag="step 0"), seeds("b", "a", tag="step 40")
+    assert before == after
+    assert before["a"] != before["b"]
+    assert seeds("a", seed=1)["a"] != before["a"]
+
+
+def test_metrics_count_failures_of_the_verifier_as_wrong_and_say_so() -> None:
+    class Failing(MemoryPools):
+        def grade(self, request: RolloutRequest) -> Grade:
+            return Grade(Verdict.TIMEOUT, 1.0, None) if request.sample_index == 1 else super().grade(request)
+
+    metrics = run(Failing(lambda *_: True), "q", samples=4).metrics()
+    assert metrics["evaluation/toy/pass@1"] == 0.75
+    assert metrics["evaluation/toy/verifier_failures"] == 0.25
+    assert metrics["evaluation/toy/truncated"] == 0.25
+    assert metrics["evaluation/toy/oldest_version"] == 3
+
+
+def test_a_lost_response_is_an_error_not_a_smaller_sample() -> None:
+    class Forgetful(MemoryPools):
+        async def score(self, batch: Any, gold: Any, rule: str) -> list[Grade]:
+            return (await super().score(batch, gold, rule))[1:]
+
+    with pytest.raises(ValueError, match="4 requests, but 4 responses and 3 grades"):
+        run(Forgetful(), "q", samples=4)
+
+
+def test_an_error_of_a_pool_rises_as_itself_and_stops_the_rest() -> None:
+    class Broken(MemoryPools):
+        async def respond(self, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
+            if requests[0].prompt_id == "bad":
+                raise ConnectionError("pool is gone")
+            await asyncio.sleep(3600)
+            raise AssertionError("unreachable")
+
+    with pytest.raises(ConnectionError, match="pool is gone"):
+        run(Broken(), "good", "bad", samples=1)
+
+
+def test_the_hook_sees_every_call_and_the_limit_holds() -> None:
+    seen: list[FinishedCall] = []
+
+    async def hook(call: FinishedCall) -> None:
+        seen.append(call)
+
+    pools = MemoryPools()
+    asyncio.run(evaluate(pools, prompt_set("a", "b", "c"), EvaluationSettings(samples=20, limit=2), hook))
+    assert sorted((call.row.prompt_id, len(call.grades)) for call in seen) == [("a", 4), ("a", 16), ("b", 4), ("b", 16)]
