@@ -99,7 +99,8 @@ def render(config: Config, shape: ClusterShape) -> list[Manifest]:
 
 def to_yaml(documents: list[Manifest]) -> str:
     """Multi-document YAML; texts of several lines as blocks."""
-    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True)
+    text: str = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True)
+    return text
 
 
 def kubernetes_name(name: str) -> str:

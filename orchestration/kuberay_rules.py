@@ -83,16 +83,16 @@ def _rule_conditions(rules: list[Manifest], path: str) -> Iterator[Problem]:
     seen: dict[str, dict[str, int]] = {}
     for index, rule in enumerate(rules):
         condition = rule.get("condition") or {}
-        status, deployment = condition.get("jobStatus"), condition.get("jobDeploymentStatus")
-        if (status is None) == (deployment is None):
+        given = [condition[name] for name in ("jobStatus", "jobDeploymentStatus") if condition.get(name)]
+        if len(given) != 1:
             yield Problem(f"{path}[{index}].condition", "give exactly one of jobStatus and jobDeploymentStatus")
             continue
-        delays = seen.setdefault(status or deployment, {})
+        delays = seen.setdefault(given[0], {})
         delay = condition.get("ttlSeconds") or 0
         if delay < 0:
             yield Problem(f"{path}[{index}].condition.ttlSeconds", f"{delay} is negative")
         if rule.get("policy") in delays:
-            yield Problem(f"{path}[{index}]", f"a second rule for {rule.get('policy')} on {status or deployment}")
+            yield Problem(f"{path}[{index}]", f"a second rule for {rule.get('policy')} on {given[0]}")
         delays[rule.get("policy", "")] = delay
     for status, delays in seen.items():
         ordered = [delays[policy] for policy in DELETION_ORDER if policy in delays]
@@ -344,4 +344,4 @@ def _stop_wait_s(manifest: Manifest) -> int | None:
     except yaml.YAMLError:
         return None
     wait = ((tree or {}).get("env_vars") or {}).get("RAY_JOB_STOP_WAIT_TIME_S") if isinstance(tree, dict) else None
-    return int(wait) if str(wait).isdigit() else None
+    return int(str(wait)) if str(wait).isdigit() else None

@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from orchestration.code_package import WARN_ABOVE, build_package
@@ -293,7 +293,7 @@ def _git_metadata(working_dir: Path) -> dict[str, str]:
 def _parser() -> argparse.ArgumentParser:
     from orchestration.cli import recipe_parser
 
-    parser: Any = recipe_parser("submit", "Run a recipe as a Ray job; the code goes along, images carry dependencies.")
+    parser = recipe_parser("submit", "Run a recipe as a Ray job; the code goes along, images carry dependencies.")
     parser.add_argument("--address", metavar="URL", help=f"dashboard of the cluster (default {DEFAULT_ADDRESS})")
     parser.add_argument("--follow", action="store_true", help="print the driver's log; exit as the driver did")
     parser.add_argument("--resume", action="store_true", help="continue the run of this name from its last checkpoint")
