@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from learner.spec import LearnerError, PublishedWeights, ScoredGroup
+from learner.spec import LearnerError, PublishedWeights, ReplayError, ScoredGroup
 from orchestration.config import Config
 from orchestration.dataset import PromptStream, Visit
 from orchestration.failures import ActorLost, GroupFailed
@@ -134,6 +134,8 @@ class Controller:
                     await self._train(group_ids)
                     if self.step % self.config.checkpoint.every_steps == 0:
                         await self.checkpoint()
+                except ReplayError as error:
+                    self._fail_batch(error)
                 except LearnerError as error:
                     await self._recover_learner(error)
         finally:
@@ -169,10 +171,8 @@ class Controller:
 
     def _wants_more(self) -> bool:
         """No group is started that the remaining steps could not train."""
-        batch = self.config.algorithm.prompts_per_step
-        in_training = batch if self.slots.training else 0
-        remaining = (self.config.steps - self.step) * batch
-        return not self.stopping and len(self.slots) - in_training < remaining - in_training
+        remaining = (self.config.steps - self.step) * self.config.algorithm.prompts_per_step
+        return not self.stopping and len(self.slots) < remaining
 
     async def _produce(self, visit: Visit, member: Any) -> None:
         """One group from prompt to complete: generate, verify; or back to the backlog, or failed."""
@@ -259,6 +259,14 @@ class Controller:
             del self._complete[group_id]
         self.parts.rollout.publish(weights)
         self._metrics.add("time/publish_s", _now() - started)
+        self._changed.set()
+
+    def _fail_batch(self, error: ReplayError) -> None:
+        """Nothing of the batch could be replayed: its groups failed, the policy stays as it is."""
+        logger.error("a batch failed: %s", error)
+        for group_id in self.slots.groups(Phase.TRAINING):
+            self.slots.fail(group_id, "replay")
+            del self._complete[group_id], self._visits[group_id]
         self._changed.set()
 
     async def _recover_learner(self, error: LearnerError) -> None:

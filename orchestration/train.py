@@ -29,6 +29,7 @@ from orchestration.progress import Progress
 from orchestration.run_state import RunDirectory, load_state
 from orchestration.step_metrics import StepMetrics
 from orchestration.tracking import FinalStatus, Tracker
+from orchestration.trajectory_sample import save_sample
 from orchestration.validate import Resolved, validate
 from reward.actor import VerifierActor
 from rollout.actor import RolloutActor
@@ -158,6 +159,11 @@ class TrainingRun:
     async def _after_step(self, step: int, version: int, metrics: StepMetrics) -> None:
         self.tracker.log(metrics.values | {"sync/version": version, **self._pool_metrics()}, step)
         self.progress.advance(step, metrics.values)
+        every = self.config.tracking.trajectories_every
+        if every and step % every == 0:
+            path = self.directory.path / "trajectories" / f"step_{step:06d}.parquet"
+            await asyncio.to_thread(save_sample, metrics.groups[0], path)
+            self.tracker.artifact(path, "trajectories")
 
     def _pool_metrics(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
