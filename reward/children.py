@@ -20,7 +20,12 @@ from reward.wire import FrameReader, Message, encode
 
 START_TIMEOUT_S = 120.0
 CONTROL_TIMEOUT_S = 30.0
+PATIENCE_S = 0.25
+"""A child busy for longer gets a substitute if others wait: a few bombs must not stop a pool of two."""
+_HONEST_CPU_S = 0.5
+"""Five times what the slowest honest comparison of MATH-500 takes."""
 _SLOW_NICENESS = 10
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from reward.fork_server import start; start({fd}, sys.argv[2])"
@@ -118,14 +123,23 @@ class Child:
     confined: bool
     num_answers: int = 0
     slow: bool = False
-    """Past its patience: runs at low priority beside a substitute."""
+    """Past its patience: a substitute may run beside it."""
+    demoted: bool = False
+    """Runs at low priority for good."""
     started: float = 0.0
+    next_look: float = 0.0
+    """When to see again whether it is slow (monotonic clock)."""
+    cpu_before_s: float = 0.0
+    """CPU that it had used when the request began."""
     _frames: FrameReader = field(default_factory=FrameReader)
     _unsent: deque[memoryview] = field(default_factory=deque)
 
     def ask(self, request: Message) -> None:
         """Begin a request; call `flush` while `has_unsent`."""
         self.started = time.monotonic()
+        self.next_look = self.started + PATIENCE_S
+        self.slow = False
+        self.cpu_before_s = self._cpu_s()
         self._unsent.append(memoryview(encode(request)))
         self.flush()
 
@@ -163,8 +177,23 @@ class Child:
         replies = self._frames.feed(data)
         return replies[0] if replies else None
 
-    def yield_processor(self) -> None:
-        """Lower the priority of the child's process group for good."""
+    def look(self) -> None:
+        """Called past `next_look` while others wait: the child is slow now; if it burns CPU, its priority goes down.
+
+        By CPU, not by the clock: on a busy machine an honest answer takes long, and demoted it would starve.
+        """
         self.slow = True
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.setpriority(os.PRIO_PGRP, self.pid, _SLOW_NICENESS)
+        self.next_look = time.monotonic() + PATIENCE_S
+        if not self.demoted and self._cpu_s() - self.cpu_before_s > _HONEST_CPU_S:
+            self.demoted = True
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.setpriority(os.PRIO_PGRP, self.pid, _SLOW_NICENESS)
+
+    def _cpu_s(self) -> float:
+        """CPU used by the child since its start; 0 once it is gone."""
+        try:
+            with open(f"/proc/{self.pid}/stat", encoding="ascii", errors="replace") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS

@@ -4,7 +4,7 @@
        queue --> idle child --frame--> reply --> Future
                       |-- deadline passed: Future = timeout, SIGKILL to the process group, a new fork (milliseconds)
                       |-- died:            Future = crash (signal or exit status), a new fork
-                      `-- slow while others wait: lower priority, and a substitute beside it
+                      `-- slow while others wait: a substitute beside it, and lower priority if it burns CPU
 
 Invariants: every job's future is resolved exactly once, at most `deadline_s` (plus scheduling) after the job reached a
 child; a child serves at most `recycle_after` jobs; confined jobs (model-written programs) never share a process.
@@ -32,8 +32,6 @@ from reward.wire import Message, WireError
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 0.25
-"""A child busy for longer gets a substitute if others wait: a few bombs must not stop a pool of two."""
 MAX_SLOW = 6
 """Slow children with substitutes, per pool; each may use the whole memory limit."""
 MAX_SERVER_DEATHS = 5
@@ -202,7 +200,7 @@ class _Dispatcher(threading.Thread):
         now = time.monotonic()
         due = [child.started + self._limits.deadline_s for child in self._busy]
         if self._queue:
-            due += [child.started + PATIENCE_S for child in self._busy if not child.slow]
+            due += [child.next_look for child in self._busy]
         return max(0.0, min(due) - now) if due else None
 
     def _read(self, child: Child) -> None:
@@ -219,7 +217,7 @@ class _Dispatcher(threading.Thread):
             return
         child.num_answers += 1
         self._finish(child, *_read_reply(reply))
-        if child.confined or child.slow or reply.get("retire") or child.num_answers >= self._recycle_after:
+        if child.confined or child.demoted or reply.get("retire") or child.num_answers >= self._recycle_after:
             self._discard(child)
         else:
             self._idle.append(child)
@@ -231,8 +229,8 @@ class _Dispatcher(threading.Thread):
             if busy_s >= self._limits.deadline_s:
                 self._finish(child, Verdict.TIMEOUT, f"no verdict within {self._limits.deadline_s:g} s; killed")
                 self._discard(child)
-            elif self._queue and busy_s >= PATIENCE_S and not child.slow:
-                child.yield_processor()
+            elif self._queue and now >= child.next_look:
+                child.look()
 
     def _finish(self, child: Child, verdict: Verdict, detail: str = "", reward: float | None = None) -> None:
         future = self._busy.pop(child)
