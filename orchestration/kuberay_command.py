@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     return _validate(namespace)
 
 
-def validate_text(text: str, nodes: dict[str, Node], source: str) -> tuple[list[Problem], list[Problem], str]:
+def validate_text(text: str, nodes: Mapping[str, Node], source: str) -> tuple[list[Problem], list[Problem], str]:
     """(problems, advice, oldest KubeRay release that knows every field) of a multi-document YAML text."""
     try:
         documents = [document for document in yaml.safe_load_all(text) if document is not None]
@@ -61,7 +61,7 @@ def validate_text(text: str, nodes: dict[str, Node], source: str) -> tuple[list[
     return problems, advice, max(releases, key=release_order)
 
 
-def _structure(document: Any, nodes: dict[str, Node]) -> Iterator[Problem]:
+def _structure(document: Any, nodes: Mapping[str, Node]) -> Iterator[Problem]:
     if not isinstance(document, dict):
         yield Problem("document", "expected keys and values")
         return
@@ -83,7 +83,7 @@ def _document_name(document: Any, number: int) -> str:
 
 
 def _validate(namespace: argparse.Namespace) -> int:
-    nodes = compact_nodes()
+    nodes = dict(compact_nodes())
     try:
         if namespace.crd:
             nodes |= from_crd(namespace.crd)

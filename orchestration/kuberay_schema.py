@@ -11,11 +11,13 @@ resource definition (`from_crd`, for `softgrpo kuberay validate --crd`). Tests c
 from __future__ import annotations
 
 import difflib
+import functools
 import gzip
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -225,7 +227,8 @@ def _from_openapi(schema: dict[str, Any]) -> Node:
     return Node(kind, choices=tuple(schema.get("enum", ())))
 
 
-def compact_nodes() -> dict[str, Node]:
-    """Kind -> tree, from the description in this module."""
+@functools.cache
+def compact_nodes() -> Mapping[str, Node]:
+    """Kind -> tree, from the description in `kuberay_fields`."""
     shell = {"apiVersion!": "string", "kind!": "string", "metadata!": METADATA, "status": "any"}
-    return {kind: compile_node({**shell, **fields}) for kind, (_, fields) in KINDS.items()}
+    return MappingProxyType({kind: compile_node({**shell, **fields}) for kind, (_, fields) in KINDS.items()})

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 from orchestration.config import Config, parse_config
+from orchestration.kuberay_schema import Node, from_crd
 
 BASE = {"model": {"path": "models/policy"}, "data": {"train": {"path": "data/train.parquet"}}}
 
@@ -20,3 +24,12 @@ def gpu_recipe(**sections: object) -> Config:
         "reward": {"num_actors": 20, "processes_per_actor": 2},
     }
     return parse_config(tree | sections, "gpu recipe")
+
+
+@functools.cache
+def full_definitions(shared_dir: Path, release: str) -> dict[str, Node]:
+    """RayJob and RayCluster as the full definitions of one release describe them; a second to read, so read once."""
+    nodes: dict[str, Node] = {}
+    for plural in ("rayjobs", "rayclusters"):
+        nodes |= from_crd(shared_dir / "crd" / f"ray.io_{plural}.{release}.yaml.gz")
+    return nodes

@@ -14,8 +14,8 @@ from orchestration.config import ConfigError
 from orchestration.kuberay import ClusterShape, render, to_yaml
 from orchestration.kuberay_command import validate_text
 from orchestration.kuberay_overlay import OVERLAYS, apply_overlay, overlay_names, write_base
-from orchestration.kuberay_schema import Node, compact_nodes, from_crd, release_order
-from tests.orchestration.kuberay_recipes import gpu_recipe
+from orchestration.kuberay_schema import compact_nodes, release_order
+from tests.orchestration.kuberay_recipes import full_definitions, gpu_recipe
 
 NEWER = {"start-deadline": "1.6", "token-auth": "1.7"}
 JOB_ONLY = {"sidecar", "start-deadline"}
@@ -47,9 +47,7 @@ def test_overlays_change_something_and_stay_valid(name: str, kind: str) -> None:
 
 def test_overlays_pass_the_full_definitions(shared_dir: Path) -> None:
     for release in ("v1.5.2", "v1.7.0"):
-        nodes: dict[str, Node] = compact_nodes()
-        for plural in ("rayjobs", "rayclusters"):
-            nodes |= from_crd(shared_dir / "crd" / f"ray.io_{plural}.{release}.yaml.gz")
+        nodes = compact_nodes() | full_definitions(shared_dir, release)
         for name, kind in cases():
             if release_order(release) >= release_order(NEWER.get(name, "1.5")):
                 assert validate_text(to_yaml(apply_overlay(base(kind), name)), nodes, name)[0] == [], (name, release)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from orchestration.config import ConfigError
 from orchestration.kuberay import ClusterShape, render, to_yaml
 from orchestration.kuberay_command import main, validate_text
 from orchestration.kuberay_schema import Node, SchemaError, compact_nodes, from_crd, release_order
-from tests.orchestration.kuberay_recipes import cpu_recipe
+from tests.orchestration.kuberay_recipes import cpu_recipe, full_definitions
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -216,7 +216,7 @@ def good_job() -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", BAD_JOBS)
 def test_bad_manifests_are_refused(
-    case: str, nodes: dict[str, Node], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, nodes: Mapping[str, Node], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import re
 
@@ -231,18 +231,18 @@ def test_bad_manifests_are_refused(
 
 
 @pytest.fixture(scope="module")
-def nodes() -> dict[str, Node]:
+def nodes() -> Mapping[str, Node]:
     return compact_nodes()
 
 
-def test_delegated_tokens_are_fine_for_a_raycluster(nodes: dict[str, Node]) -> None:
+def test_delegated_tokens_are_fine_for_a_raycluster(nodes: Mapping[str, Node]) -> None:
     cluster = render(cpu_recipe(), ClusterShape(kind="RayCluster"))[-1]
     cluster["spec"]["authOptions"]["enableK8sTokenAuth"] = True
     problems, _, release = validate_text(to_yaml([cluster]), nodes, "x")
     assert (problems, release) == ([], "1.7")
 
 
-def test_raycluster_names_may_be_longer(nodes: dict[str, Node]) -> None:
+def test_raycluster_names_may_be_longer(nodes: Mapping[str, Node]) -> None:
     cluster = render(cpu_recipe(), ClusterShape(kind="RayCluster"))[-1]
     cluster["metadata"]["name"] = "a" * 53
     assert not validate_text(to_yaml([cluster]), nodes, "x")[0]
@@ -250,7 +250,7 @@ def test_raycluster_names_may_be_longer(nodes: dict[str, Node]) -> None:
     assert validate_text(to_yaml([cluster]), nodes, "x")[0]
 
 
-def test_advice_does_not_refuse(nodes: dict[str, Node]) -> None:
+def test_advice_does_not_refuse(nodes: Mapping[str, Node]) -> None:
     manifest = good_job()
     del head_of(manifest)["rayStartParams"]["num-cpus"]
     head_of(manifest)["template"]["spec"]["terminationGracePeriodSeconds"] = 20
@@ -262,7 +262,7 @@ def test_advice_does_not_refuse(nodes: dict[str, Node]) -> None:
         assert expected in texts
 
 
-def test_rendered_manifests_need_no_advice(nodes: dict[str, Node]) -> None:
+def test_rendered_manifests_need_no_advice(nodes: Mapping[str, Node]) -> None:
     for kind in ("RayJob", "RayCluster"):
         assert validate_text(to_yaml(render(cpu_recipe(), ClusterShape(kind=kind))), nodes, "x")[:2] == ([], [])
 
@@ -296,10 +296,7 @@ def test_missing_files_are_configuration_errors(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=["v1.5.2", "v1.7.0"])
 def definitions(request: pytest.FixtureRequest, shared_dir: Path) -> tuple[str, dict[str, Node]]:
-    nodes: dict[str, Node] = {}
-    for plural in ("rayjobs", "rayclusters"):
-        nodes |= from_crd(shared_dir / "crd" / f"ray.io_{plural}.{request.param}.yaml.gz")
-    return request.param, nodes
+    return request.param, full_definitions(shared_dir, request.param)
 
 
 def differences(ours: Node, theirs: Node, path: str, release: str) -> list[str]:
