@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from orchestration.redaction import URL_PASSWORD
+
 DEFAULT_CENSOR_DELTA = 1e-3
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -386,6 +388,11 @@ def _impossible_combinations(config: Config) -> list[str]:
         problems.append(
             f"learner.world_size={config.learner.world_size} exceeds the {responses_per_mini_batch} responses of a "
             "mini-batch; lower world_size or mini_batches, or raise prompts_per_step"
+        )
+    if config.tracking.mlflow_uri and URL_PASSWORD.search(config.tracking.mlflow_uri):
+        problems.append(
+            "tracking.mlflow_uri holds a password, and the configuration is saved with the run: put it into "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     if config.rollout.num_gpus and config.rollout.num_gpus < 1 and config.rollout.tensor_parallel_size > 1:
         problems.append(

@@ -20,13 +20,14 @@ MAX_PARAMS = 100
 MAX_PARAM_CHARACTERS = 6000
 MAX_TAG_CHARACTERS = 5000
 MAX_BATCH = 1000
-SHORT_TIMEOUTS = {
+CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-"""The defaults block one call for minutes; values that the user exported win."""
+"""The default timeouts block one call for minutes; values that the user exported win."""
 NAME_CHARACTERS = re.compile(r"[^\w\-. :/]")
 
 
@@ -105,7 +106,7 @@ class MlflowSink:
             self._client.set_terminated(self._run_id, status)
 
     def _connect(self) -> Any:
-        for key, value in SHORT_TIMEOUTS.items():
+        for key, value in CLIENT_ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient

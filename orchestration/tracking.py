@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -145,7 +144,7 @@ class Tracker:
         """Write everything, give the mirror at most five seconds, and stop."""
         self._log.close()
         if self._mirror is not None:
-            self._mirror.close(status)
+            self._mirror.close(status, CLOSE_S)
 
 
 class Mirror:
@@ -157,12 +156,16 @@ class Mirror:
         self._state = state
         self._state_file = run_dir / "tracking.json"
         self._metrics_file = run_dir / "metrics.jsonl"
-        self._new_artifacts: deque[tuple[str, str]] = deque()
+        self._lock = threading.Lock()
+        """Guards `state.artifacts` and `state.final_status`, which the caller changes, and the saving of the state."""
         self._started = False
         self._refused = False
         self._failures = 0
         self._warned_at = -WARN_EVERY_S
-        self._final_status: FinalStatus | None = None
+        self._unsaved = False
+        self._closing = False
+        self._abandoned = False
+        """Closing took too long: a call that still hangs must change nothing when it returns."""
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run_forever, name="mlflow-mirror", daemon=True)
 
@@ -181,16 +184,22 @@ class Mirror:
         self._thread.start()
 
     def add_artifact(self, path: Path, folder: str) -> None:
-        """Queue a file; it is kept in the state file until delivered."""
-        self._new_artifacts.append((str(path), folder))
+        """Queue a file; the state file keeps it until it is delivered."""
+        with self._lock:
+            self._state.artifacts.append((str(path), folder))
+            self._unsaved = True
 
-    def close(self, status: FinalStatus, timeout_s: float = CLOSE_S) -> bool:
+    def close(self, status: FinalStatus, timeout_s: float) -> bool:
         """Deliver what is left within `timeout_s`; what is not delivered is kept, and False returned."""
-        self._state.final_status = self._final_status = status
+        with self._lock:
+            self._state.final_status = status
         self._save()
+        self._closing = True
         self._wake.set()
         self._thread.join(timeout_s)
-        complete = not self._thread.is_alive() and self._is_drained()
+        with self._lock:
+            self._abandoned = self._thread.is_alive()
+        complete = not self._abandoned and self._is_drained()
         if not complete:
             logger.warning(
                 "MLflow did not take everything in time; metrics.jsonl has all of it, and the next attempt of this run "
@@ -200,20 +209,20 @@ class Mirror:
         return complete
 
     def _run_forever(self) -> None:
-        while not self._refused:
+        while not (self._refused or self._abandoned):
             pause = POLL_S
             try:
                 self._deliver()
                 self._failures = 0
-                if self._final_status is not None and self._is_drained():
-                    self._sink.finish(self._final_status)
+                if self._closing and self._is_drained():
+                    self._sink.finish(self._state.final_status or "KILLED")
                     return
             except SinkUnavailable as error:
                 pause = self._after_failure(error)
             except SinkRefused as error:
                 self._refused = True
                 logger.error("MLflow refuses this run (%s); metrics.jsonl goes on without it", error)
-            if self._final_status is not None and self._failures:
+            if self._closing and self._failures:
                 return
             self._wake.wait(pause)
 
@@ -226,14 +235,15 @@ class Mirror:
         return pause
 
     def _deliver(self) -> None:
-        self._take_new_artifacts()
+        if self._unsaved:
+            self._save()
         if not self._started:
             self._state.run_id = self._sink.start(self._run)
             self._started = True
             self._save()
-        while self._deliver_batch():
+        while not self._abandoned and self._deliver_batch():
             pass
-        while self._state.artifacts:
+        while not self._abandoned and self._state.artifacts:
             self._deliver_artifact(*self._state.artifacts[0])
 
     def _deliver_batch(self) -> bool:
@@ -265,24 +275,23 @@ class Mirror:
                 logger.error("MLflow rejected %s: %s", path, error)
         else:
             logger.warning("%s vanished before it could be uploaded", path)
-        self._state.artifacts.pop(0)
+        with self._lock:
+            self._state.artifacts.remove((path, folder))
         self._save()
-
-    def _take_new_artifacts(self) -> None:
-        if self._new_artifacts:
-            while self._new_artifacts:
-                self._state.artifacts.append(self._new_artifacts.popleft())
-            self._save()
 
     def _is_drained(self) -> bool:
         size = self._metrics_file.stat().st_size if self._metrics_file.is_file() else 0
-        return self._state.cursor >= size and not self._state.artifacts and not self._new_artifacts
+        return self._state.cursor >= size and not self._state.artifacts
 
     def _save(self) -> None:
-        try:
-            self._state.save(self._state_file)
-        except OSError as error:
-            logger.error("%s: cannot be written: %s", self._state_file, redact_text(str(error)))
+        with self._lock:
+            if self._abandoned:
+                return
+            try:
+                self._state.save(self._state_file)
+                self._unsaved = False
+            except OSError as error:
+                logger.error("%s: cannot be written: %s", self._state_file, redact_text(str(error)))
 
 
 def _start_mirror(

@@ -17,22 +17,23 @@ HEAVY = ("torch", "vllm", "deepspeed", "transformers", "mlflow")
 PROBE = f"""
 import json, sys
 from orchestration.cli import main
-try:
-    code = main(sys.argv[1:])
-except SystemExit as stop:
-    code = stop.code
-print(json.dumps([code, [name for name in {HEAVY!r} if name in sys.modules]]))
+for arguments in json.loads(sys.argv[1]):
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    heavy = [name for name in {HEAVY!r} if name in sys.modules]
+    print(json.dumps([arguments, code, heavy]), file=sys.stderr)
 """
 
 
-def probe(*arguments: str) -> tuple[int, list[str], str]:
-    """Exit code, heavy modules that were imported, and what was written to stderr."""
+def probe(*commands: list[str]) -> list[tuple[list[str], int, list[str]]]:
+    """Run commands one after the other in a process of its own: (arguments, exit code, heavy modules imported)."""
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PROBE, json.dumps(commands)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    code, heavy = json.loads(done.stdout.splitlines()[-1])
-    return code, heavy, done.stderr
+    return [tuple(json.loads(line)) for line in done.stderr.splitlines() if line.startswith("[[")]
 
 
 @pytest.fixture
@@ -52,10 +53,17 @@ algorithm: {{prompts_per_step: 1, group_size: 2}}
     return path
 
 
-@pytest.mark.parametrize("command", ["", *(command.name for command in COMMANDS)])
-def test_help_is_light(command: str) -> None:
-    code, heavy, _ = probe(*([command] if command else []), "--help")
-    assert (code, heavy) == (0, [])
+def test_help_and_configuration_errors_are_light(recipe: Path) -> None:
+    run = ["--config", str(recipe)]
+    helps = [["--help"], *([command.name, "--help"] for command in COMMANDS)]
+    errors = [
+        ["train", *run, "steps=many"],
+        ["validate", *run, "model.end_of_thinking=</never>"],
+        ["train", *run, "data.train.path=/no"],
+        ["train", *run, "model.path=/no"],
+    ]
+    outcomes = probe(*helps, *errors)
+    assert outcomes == [(command, 0, []) for command in helps] + [(command, EXIT_CONFIG, []) for command in errors]
 
 
 def test_every_command_can_be_loaded() -> None:
@@ -96,12 +104,6 @@ def test_a_configuration_error_is_one_message_before_any_actor(
         assert output.err.startswith(f"softgrpo {command}: ")
         assert len(output.err.strip().splitlines()) == 1
     assert not (recipe.parent / "run").exists()
-
-
-def test_configuration_errors_are_light(recipe: Path) -> None:
-    for command, override in (("validate", "steps=many"), ("train", "steps=many"), ("train", "data.train.path=/no")):
-        code, heavy, stderr = probe(command, "--config", str(recipe), override)
-        assert (code, heavy) == (EXIT_CONFIG, []), stderr
 
 
 def test_validate_prints_facts(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
