@@ -137,7 +137,8 @@ def run(names: set[str] | None) -> list[Row]:
         ratio = median_ratio(seconds[name], seconds["ours"]) if right[name] else 0.0
         detail = (
             f"{name} {1e3 * median(seconds[name]):.0f} ms, ours {1e3 * median(seconds['ours']):.0f} ms for "
-            f"{total / 1e6:.0f} MB, floor (memcpy) {1e3 * floor:.0f} ms; tensors {'equal to the bit' if right[name] else 'DIFFER'}"
+            f"{total / 1e6:.0f} MB, floor (memcpy) {1e3 * floor:.0f} ms; "
+            f"tensors {'equal to the bit' if right[name] else 'DIFFER'}"
         )
         rows.append(Row(f"trajectories/{name}", ratio, target_ratio, detail))
     return [row for row in rows if names is None or row.name in names]
