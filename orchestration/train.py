@@ -22,10 +22,12 @@ from orchestration.cluster import connected
 from orchestration.config import Config
 from orchestration.controller import Controller, Parts
 from orchestration.dataset import PromptStream, Visit, dataset_digest
+from orchestration.evaluate import TwoPools
 from orchestration.failures import RunError
 from orchestration.plan import make_plan
 from orchestration.pools import RolloutPool, VerifierPool
 from orchestration.progress import Progress
+from orchestration.run_evaluation import RunEvaluation
 from orchestration.run_state import RunDirectory, load_state
 from orchestration.step_metrics import StepMetrics
 from orchestration.tracking import FinalStatus, Tracker
@@ -59,6 +61,7 @@ class TrainingRun:
         self.config = resolved.config
         self.directory = directory
         self.prompts = resolved.train
+        self.evaluation_prompts = resolved.evaluation
         self.stream = PromptStream(self.prompts.rows, seed=self.config.seed, shuffle=self.config.data.shuffle)
         self.checkpoint = directory.latest_checkpoint() if resume else None
         self.state = load_state(self.checkpoint) if self.checkpoint else None
@@ -66,6 +69,7 @@ class TrainingRun:
         self.tracker = Tracker.open(self.config, datasets=[_describe_dataset(resolved)])
         self.learner = LearnerGroup(self.plan.learner, self.plan.learner_options)
         self.controller: Controller | None = None
+        self.evaluation: RunEvaluation | None = None
         self.stopping = False
         self.started = time.monotonic()
 
@@ -85,6 +89,8 @@ class TrainingRun:
             logger.error("%s", error)
             await self._save_what_is_left()
         finally:
+            if self.evaluation is not None:
+                self.evaluation.cancel()
             self._kill_pools()
             self.tracker.close(status)
         if status == "KILLED":
@@ -95,6 +101,15 @@ class TrainingRun:
     async def _work(self) -> None:
         await self._start()
         backlog = self._restore_stream()
+        self.evaluation = RunEvaluation(
+            self.config,
+            self.evaluation_prompts,
+            TwoPools(self.rollout, self.verifier),
+            self.directory,
+            self.tracker.log,
+        )
+        if self.state is None:
+            await self.evaluation.before()
         progress = Progress(self.config.name, self.state.step if self.state else 0, self.config.steps)
         self.progress = progress
         parts = Parts(
@@ -112,6 +127,8 @@ class TrainingRun:
         finally:
             progress.close()
         if not self.stopping:
+            await self.rollout.synchronised()
+            await self.evaluation.finish(self.controller.step)
             await self.learner.export(self._fresh_directory("model"))
 
     async def _start(self) -> None:
@@ -159,6 +176,8 @@ class TrainingRun:
     async def _after_step(self, step: int, version: int, metrics: StepMetrics) -> None:
         self.tracker.log(metrics.values | {"sync/version": version, **self._pool_metrics()}, step)
         self.progress.advance(step, metrics.values)
+        if self.evaluation is not None:
+            self.evaluation.after_step(step)
         every = self.config.tracking.trajectories_every
         if every and step % every == 0:
             path = self.directory.path / "trajectories" / f"step_{step:06d}.parquet"

@@ -1,0 +1,159 @@
+"""When a training run evaluates its policy: before the first step, every N steps beside training, and at the end.
+
+    step 0 --before()--> evaluations/step_000000.json --+
+    step N --after_step()--> a task beside training ----+--> summary.json, best checkpoint
+    last   --finish()--> evaluations/step_000040.json --+
+
+Invariants: the first and the last evaluation see one policy version each (no training goes on); an evaluation of a step
+that is already on disk is not repeated by a resumed run; an evaluation beside training never delays a step, and when
+one takes longer than N steps the next is skipped and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from orchestration.config import Config
+from orchestration.evaluate import EvaluationResult, EvaluationSettings, Pools, evaluate
+from orchestration.failures import GroupFailed
+from orchestration.run_state import RunDirectory, write_atomically
+from orchestration.validate import PromptSet
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "evaluations"
+SUMMARY = "summary.json"
+
+
+@dataclass(slots=True)
+class RunEvaluation:
+    """The evaluations of one training run."""
+
+    config: Config
+    prompts: tuple[PromptSet, ...]
+    """`data.evaluation`, in order; the first decides which checkpoint is best."""
+    pools: Pools
+    directory: RunDirectory
+    log: Callable[[Mapping[str, float], int], None]
+    """(metrics, step), as the tracker takes them."""
+    skipped: int = 0
+    started: float = field(default_factory=time.monotonic)
+    _beside: asyncio.Task[None] | None = None
+
+    async def before(self) -> None:
+        """Evaluate the policy that training starts from."""
+        if self.config.evaluation.at_start:
+            await self._evaluate(0)
+
+    def after_step(self, step: int) -> None:
+        """Start an evaluation beside training if one is due; returns at once."""
+        every = self.config.evaluation.every_steps
+        if not self.prompts or not every or step % every or step == self.config.steps:
+            return
+        if self._beside is not None and not self._beside.done():
+            self.skipped += 1
+            logger.warning("evaluation of step %d skipped: the one before is not finished", step)
+            self.log({"evaluation/skipped": self.skipped}, step)
+            return
+        self._beside = asyncio.create_task(self._evaluate_beside(step), name=f"evaluation of step {step}")
+
+    async def finish(self, step: int) -> None:
+        """Wait for an evaluation beside training, evaluate the last policy, write the summary.
+
+        The rollout actors must serve the last version when this is called.
+        """
+        if self._beside is not None:
+            await self._beside
+        if self.config.evaluation.at_end:
+            await self._evaluate(step)
+        self.write_summary(step)
+
+    def cancel(self) -> None:
+        """Drop an evaluation beside training (the run stops)."""
+        if self._beside is not None:
+            self._beside.cancel()
+
+    def write_summary(self, step: int) -> None:
+        """`summary.json`: the first and the last evaluation of this run, and how long this attempt took."""
+        before, after = self._load(0), self._load(step)
+        record = {
+            "before": _overall(before),
+            "after": _overall(after),
+            "seconds": round(time.monotonic() - self.started, 1),
+            "steps": step,
+            "datasets": {name: {"before": before.get(name), "after": after.get(name)} for name in before | after},
+        }
+        write_atomically(self.directory.path / SUMMARY, json.dumps(record, indent=2).encode())
+
+    async def _evaluate_beside(self, step: int) -> None:
+        try:
+            await self._evaluate(step)
+        except GroupFailed as failure:
+            logger.error("evaluation of step %d failed: %s", step, failure)
+            self.log({"evaluation/failed": 1}, step)
+            return
+        self._mark_best(step)
+
+    async def _evaluate(self, step: int) -> None:
+        if not self.prompts or self._load(step):
+            return
+        results = [await evaluate(self.pools, prompts, self._settings(step)) for prompts in self.prompts]
+        metrics: dict[str, float] = {}
+        for result in results:
+            metrics |= result.metrics()
+            logger.info("evaluation of step %d on %s: %s", step, result.name, _one_line(result))
+        self.log(metrics, step)
+        path = self._path(step)
+        path.parent.mkdir(exist_ok=True)
+        summaries = {result.name: result.summary() for result in results}
+        write_atomically(path, json.dumps({"step": step, "datasets": summaries, "metrics": metrics}).encode())
+
+    def _settings(self, step: int) -> EvaluationSettings:
+        evaluation = self.config.evaluation
+        return EvaluationSettings(
+            samples=evaluation.samples,
+            thinking=self.config.sampling.thinking,
+            seed=self.config.seed,
+            limit=evaluation.limit,
+            tag=f"step {step}",
+        )
+
+    def _mark_best(self, step: int) -> None:
+        """Keep the checkpoint of this step if its Pass@1 is the best so far (there is one where both periods meet)."""
+        score = self._load(step)[self.prompts[0].name]["pass@1"]
+        checkpoint = self.directory.checkpoints / f"step_{step:06d}"
+        best = self.directory.best()
+        if checkpoint.is_dir() and (best is None or score > best[1]):
+            self.directory.mark_best(checkpoint, score)
+
+    def _path(self, step: int) -> Any:
+        return self.directory.path / FOLDER / f"step_{step:06d}.json"
+
+    def _load(self, step: int) -> dict[str, dict[str, float]]:
+        """Summaries by dataset; empty if this step was not evaluated."""
+        try:
+            record = json.loads(self._path(step).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        datasets: dict[str, dict[str, float]] = record["datasets"]
+        return datasets
+
+
+def _overall(datasets: Mapping[str, Mapping[str, float]]) -> dict[str, float] | None:
+    """Means over datasets; None without any."""
+    if not datasets:
+        return None
+    names = next(iter(datasets.values()))
+    return {name: fmean(summary[name] for summary in datasets.values()) for name in names}
+
+
+def _one_line(result: EvaluationResult) -> str:
+    values = "  ".join(f"{name} {value:.3f}" for name, value in result.summary().items())
+    return f"{values}  ({len(result.questions)} questions x {result.settings.samples}, {result.seconds:.0f} s)"
