@@ -70,7 +70,7 @@ class LearnerGroup:
         return dict(metrics[0])
 
     async def publish(self, version: int) -> PublishedWeights:
-        """The current weights, labelled `version`, as objects owned by the caller, which therefore survive the learner."""
+        """The current weights, labelled `version`, as objects owned by the caller: they survive the learner."""
         deadline = self._deadline(self.spec.sync_timeout_s)
         first, *others = self._started()
         streamed = first.publish.options(num_returns="streaming").remote(version)

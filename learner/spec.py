@@ -91,6 +91,13 @@ class LearnerSpec:
     step_timeout_s: float = 3600.0
     sync_timeout_s: float = 600.0
 
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or self.answer_temperature <= 0:
+            raise ValueError(
+                f"sampling.temperature={self.temperature}, sampling.answer.temperature={self.answer_temperature}: "
+                "training scores tokens at the temperature they were drawn at; set both positive"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:

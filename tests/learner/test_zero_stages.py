@@ -1,0 +1,228 @@
+"""ZeRO stages, ranks, offload, checkpointed activations and adapters change where things are, not what is learned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from learner.actor import LearnerRank
+from learner.spec import LearnerSpec, ScoredGroup
+from learner.trainer import Trainer
+from tests.learner.handmade import learner_spec, make_group
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local", "single_rank")]
+
+STEPS = 3
+FP32_TOLERANCE = 2e-3
+"""Distance between two updates as a share of the update, per tensor, after 3 steps. Sums over ranks and passes are
+taken in another order, and Adam makes whole steps of gradients that are hardly more than rounding."""
+BFLOAT16_TOLERANCE = 0.1
+"""The same for bf16 passes and weights, over the whole model: norm weights near 1 lie on a coarse grid."""
+
+Weights = dict[str, torch.Tensor]
+
+
+class PairRank(LearnerRank):
+    """A rank that starts over with one spec after another in the same process (imports are most of a start)."""
+
+    def begin(self, spec: LearnerSpec, master: tuple[str, int], checkpoint: str | None = None) -> None:
+        """A fresh trainer in the process group of the first call."""
+        self.spec = spec
+        self.start(master, checkpoint)
+
+    def run(self, groups: list[ScoredGroup]) -> list[dict[str, float]]:
+        """`STEPS` training steps from the current version."""
+        first = self.trainer.steps
+        return [self.trainer.train(groups, version) for version in range(first, first + STEPS)]
+
+    def set_noise_scale(self, scale: float) -> None:
+        """Change the objective of this rank only."""
+        self.trainer.settings = dataclasses.replace(self.trainer.settings, noise_scale=scale)
+
+    def weights(self) -> Weights:
+        """All weights, on every rank."""
+        return {name: weight.clone() for name, weight in self.trainer.weights()}
+
+
+class Pair:
+    """Two ranks in lockstep."""
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        self.ranks = [ray.remote(PairRank).options(num_cpus=1).remote(spec, rank) for rank in range(2)]
+        self.master = ray.get(self.ranks[0].rendezvous.remote(), timeout=120)
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """The results of one collective call."""
+        return ray.get([getattr(rank, method).remote(*arguments) for rank in self.ranks], timeout=300)
+
+    def trained(self, spec: LearnerSpec, groups: list[ScoredGroup]) -> tuple[Weights, list[dict[str, float]]]:
+        """Weights and metrics of a fresh two-rank run."""
+        self.call("begin", dataclasses.replace(spec, world_size=2), self.master)
+        metrics = self.call("run", groups)[0]
+        first, second = self.call("weights")
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        return first, metrics
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model_dir: Path) -> Iterator[Pair]:
+    ranks = Pair(learner_spec(tiny_model_dir, world_size=2))
+    yield ranks
+    for rank in ranks.ranks:
+        ray.kill(rank)
+
+
+@pytest.fixture(scope="module")
+def groups() -> list[ScoredGroup]:
+    return [make_group(seed) for seed in range(4)]
+
+
+def trained_alone(spec: LearnerSpec, groups: list[ScoredGroup]) -> tuple[Weights, list[dict[str, float]]]:
+    trainer = Trainer(spec, rank=0)
+    metrics = [trainer.train(groups, version) for version in range(STEPS)]
+    return {name: weight.clone() for name, weight in trainer.weights()}, metrics
+
+
+@pytest.fixture(scope="module")
+def base_spec(tiny_model_dir: Path) -> LearnerSpec:
+    return learner_spec(tiny_model_dir, mini_batches=2, micro_batch_tokens=40, kl_coefficient=0.01)
+
+
+@pytest.fixture(scope="module")
+def start(tiny_model_dir: Path) -> Weights:
+    """The untrained weights."""
+    from safetensors.torch import load_file
+
+    return load_file(tiny_model_dir / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def baseline(base_spec: LearnerSpec, groups: list[ScoredGroup]) -> tuple[Weights, list[dict[str, float]]]:
+    """ZeRO 0 on one rank."""
+    return trained_alone(base_spec, groups)
+
+
+def assert_same_update(found: Weights, expected: Weights, start: Weights, tolerance: float) -> None:
+    assert set(found) == set(expected)
+    for name, weight in expected.items():
+        update = (weight.double() - start[name].double()).norm()
+        assert update > 0, name
+        distance = (found[name].double() - weight.double()).norm() / update
+        assert distance <= tolerance, f"{name}: the updates differ by {distance:.2g} of their size"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_stages_and_ranks_give_the_same_weights(
+    stage: int,
+    world_size: int,
+    base_spec: LearnerSpec,
+    groups: list[ScoredGroup],
+    baseline: tuple[Weights, list[dict[str, float]]],
+    start: Weights,
+    pair: Pair,
+) -> None:
+    spec = dataclasses.replace(base_spec, zero_stage=stage)
+    weights, metrics = trained_alone(spec, groups) if world_size == 1 else pair.trained(spec, groups)
+    assert_same_update(weights, baseline[0], start, FP32_TOLERANCE)
+    for one, other in zip(baseline[1], metrics, strict=True):
+        for name in ("objective/policy_loss", "objective/kl_loss", "learner/grad_norm"):
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"zero_stage": 2, "offload_optimizer": True},
+        {"zero_stage": 3, "gradient_checkpointing": True},
+        {"zero_stage": 3, "kl_estimator": "exact"},
+        {"zero_stage": 0, "micro_batch_tokens": 16},
+    ],
+    ids=lambda change: "-".join(map(str, change.values())),
+)
+def test_memory_savers_change_nothing(
+    change: dict[str, Any], base_spec: LearnerSpec, groups: list[ScoredGroup], start: Weights, pair: Pair
+) -> None:
+    spec = dataclasses.replace(base_spec, **change)
+    plain = dataclasses.replace(base_spec, kl_estimator=spec.kl_estimator)
+    expected = trained_alone(plain, groups)[0]
+    assert_same_update(pair.trained(spec, groups)[0], expected, start, FP32_TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_with_fp32_master_weights(
+    stage: int, base_spec: LearnerSpec, groups: list[ScoredGroup], start: Weights, pair: Pair
+) -> None:
+    spec = dataclasses.replace(base_spec, dtype="bfloat16", zero_stage=stage, learning_rate=1e-2)
+    alone, _ = trained_alone(dataclasses.replace(spec, zero_stage=1), groups)
+    together, metrics = pair.trained(spec, groups)
+    assert all(weight.dtype == torch.bfloat16 for weight in together.values())
+    assert metrics[-1]["learner/skipped_steps"] == 0
+    flat = [torch.cat([part[name].double().flatten() for name in start]) for part in (together, alone, start)]
+    distance = (flat[0] - flat[1]).norm() / (flat[1] - flat[2]).norm()
+    assert distance <= BFLOAT16_TOLERANCE, f"the updates differ by {distance:.2g} of their size"
+
+
+def test_small_steps_add_up_in_bfloat16(base_spec: LearnerSpec, groups: list[ScoredGroup]) -> None:
+    """Two steps too small for bf16 leave the weights alone, twenty move them: the master weights add them up."""
+    spec = dataclasses.replace(base_spec, dtype="bfloat16", learning_rate=2e-5, kl_coefficient=0.0)
+    trainer = Trainer(spec, rank=0)
+    start = {name: weight.clone() for name, weight in trainer.weights()}
+    norm = "model.norm.weight"  # near 1.0, where bf16 numbers are 2^-7 or 2^-8 apart
+    for version in range(20):
+        trainer.train(groups, version)
+        if version == 1:
+            early = dict(trainer.weights())[norm].clone()
+    assert torch.equal(early, start[norm])
+    late = {name: weight.clone() for name, weight in trainer.weights()}
+    changed = sum(int((late[name] != start[name]).sum()) for name in start)
+    assert changed > 1000
+
+
+def test_adapters_publish_merged_weights(base_spec: LearnerSpec, groups: list[ScoredGroup], pair: Pair) -> None:
+    """Published weights in the plain model give the adapted model's logits; only adapters were trained."""
+    from transformers import AutoModelForCausalLM
+
+    spec = dataclasses.replace(base_spec, lora_rank=4, learning_rate=1e-2)
+    trainer = Trainer(spec, rank=0)
+    facts = trainer.describe()
+    assert facts["num_trainable"] < facts["num_parameters"] / 2
+    for version in range(STEPS):
+        trainer.train(groups, version)
+    merged = {name: weight.clone() for name, weight in trainer.weights()}
+    plain = AutoModelForCausalLM.from_pretrained(base_spec.model_path)
+    assert set(merged) == set(dict(plain.named_parameters()))
+    before = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
+    assert torch.equal(before["model.embed_tokens.weight"], merged["model.embed_tokens.weight"])
+    assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], merged["model.layers.0.mlp.up_proj.weight"])
+    plain.load_state_dict(merged, strict=False)
+    ids = torch.arange(6, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, trainer.policy.language_model(ids).logits, rtol=1e-5, atol=1e-5)
+    for stage in (1, 3):
+        together, _ = pair.trained(dataclasses.replace(spec, zero_stage=stage), groups)
+        adapted = {name: weight for name, weight in merged.items() if not torch.equal(weight, before[name])}
+        assert_same_update({name: together[name] for name in adapted}, adapted, before, FP32_TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_non_finite_gradients_of_one_rank_skip_the_step_on_all(
+    stage: int, base_spec: LearnerSpec, groups: list[ScoredGroup], pair: Pair
+) -> None:
+    spec = dataclasses.replace(base_spec, zero_stage=stage, mini_batches=1, world_size=2, kl_coefficient=0.0)
+    pair.call("begin", spec, pair.master)
+    before = pair.call("weights")[0]
+    ray.get(pair.ranks[1].set_noise_scale.remote(float("nan")), timeout=60)
+    metrics = [result[0] for result in pair.call("run", groups)]
+    assert [metric["learner/skipped_steps"] for metric in metrics] == [1, 1]
+    after = pair.call("weights")[0]
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    ray.get(pair.ranks[1].set_noise_scale.remote(1.0), timeout=60)
+    assert pair.call("run", groups)[0][0]["learner/skipped_steps"] == 0
+    assert not torch.equal(pair.call("weights")[0]["model.norm.weight"], before["model.norm.weight"])
