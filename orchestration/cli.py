@@ -41,6 +41,7 @@ class Command:
 COMMANDS = (
     Command("train", "train a model from a recipe", "orchestration.cli:train"),
     Command("validate", "check a recipe, its data and its model; start nothing", "orchestration.cli:validate"),
+    Command("grade", "grade existing responses through the same verifier as training", "orchestration.grade:main"),
     Command("submit", "run a recipe as a Ray job", "orchestration.submit:main"),
     Command("doctor", "say what would stop a run on this machine, and the fix", "orchestration.doctor:main"),
     Command("kuberay", "render and validate Kubernetes manifests", "orchestration.kuberay_command:main"),

@@ -19,7 +19,7 @@ from typing import Any
 
 from reward import code_tests, confinement
 from reward.extraction import Answer
-from reward.math import check_gold, compare
+from reward.math import GoldError, check_gold, compare
 from reward.verdict import Verdict
 from reward.wire import FrameReader, Message, encode
 
@@ -79,6 +79,8 @@ def _answer(request: Message, user_rule: str | None) -> Message:
     """The reply to one request; the boundary at which every failure becomes a verdict."""
     try:
         return _TASKS[request["task"]](request, user_rule)
+    except GoldError as error:
+        return {"verdict": Verdict.CRASH, "detail": str(error)}
     except MemoryError:
         return {"verdict": Verdict.OUT_OF_MEMORY, "detail": "the memory limit was met", "retire": True}
     except Exception:
