@@ -366,8 +366,8 @@ def _impossible_combinations(config: Config) -> list[str]:
         )
     if soft and sampling.noise_clip is not None and algorithm.likelihood not in ("reference", "argmax", "none"):
         problems.append(
-            f"sampling.noise_clip={list(sampling.noise_clip)} with algorithm.likelihood={algorithm.likelihood}: clipped "
-            "noise has no such density; remove noise_clip (only likelihood: reference uses it)"
+            f"sampling.noise_clip={list(sampling.noise_clip)} with algorithm.likelihood={algorithm.likelihood}: "
+            "clipped noise has no such density; remove noise_clip (only likelihood: reference uses it)"
         )
     if sampling.noise_clip is not None and sampling.noise_clip[0] >= sampling.noise_clip[1]:
         problems.append(f"sampling.noise_clip={list(sampling.noise_clip)}: give [low, high] with low < high")
@@ -433,7 +433,8 @@ def parse_config(tree: dict[str, Any], source: str) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; loading it gives an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return text
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -228,7 +228,7 @@ class Mirror:
 
     def _after_failure(self, error: SinkUnavailable) -> float:
         self._failures += 1
-        pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._failures - 1))
+        pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self._failures - 1))
         if time.monotonic() - self._warned_at >= WARN_EVERY_S:
             self._warned_at = time.monotonic()
             logger.warning("MLflow is not reachable (%s); metrics wait in metrics.jsonl, trying again", error)

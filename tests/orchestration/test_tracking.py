@@ -247,7 +247,7 @@ def test_secrets_never_leave(
         assert canary not in caplog.text, "logged"
     (run,) = server.runs.values()
     assert run["params"]["data.system_prompt"] == "<redacted>"
-    with pytest.raises(ConfigError, match="tracking.mlflow_uri holds a password") as error:
+    with pytest.raises(ConfigError, match=r"tracking\.mlflow_uri holds a password") as error:
         configure(tmp_path / "run", tracking={"mlflow_uri": "https://me:canary5@host"})
     assert "canary5" not in str(error.value)
 
