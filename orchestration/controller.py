@@ -271,21 +271,29 @@ class Controller:
 
     async def _recover_learner(self, error: LearnerError) -> None:
         """Rebuild the learner from the last checkpoint as a new version; what it trained since is issued again."""
-        self._learner_restarts += 1
-        if self._learner_restarts > MAX_LEARNER_RESTARTS_WITHOUT_PROGRESS:
-            raise error
-        logger.error("learner lost at step %d: %s", self.step, error)
-        for group_id in self.slots.groups(Phase.TRAINING):
-            self.slots.drop(group_id, "learner lost")
+        version, weights = self.slots.version + 1, None
+        while weights is None:
+            self._learner_restarts += 1
+            if self._learner_restarts > MAX_LEARNER_RESTARTS_WITHOUT_PROGRESS:
+                raise error
+            logger.error("learner lost at step %d: %s", self.step, error)
+            checkpoint = self.parts.directory.latest_checkpoint()
+            try:
+                await self.parts.learner.start(checkpoint / "learner" if checkpoint else None)
+                weights = await self.parts.learner.publish(version)
+            except LearnerError as again:
+                error = again
+        for group_id in self.slots.roll_back(version, "learner lost"):
+            if producer := self._producers.pop(group_id, None):
+                producer.cancel()
             self._reissue(group_id)
-        checkpoint = self.parts.directory.latest_checkpoint()
-        await self.parts.learner.start(checkpoint / "learner" if checkpoint else None)
         self.slots.untrain(len(self._uncommitted), "learner lost")
         self._backlog.extend(self._uncommitted)
         self._uncommitted.clear()
         self.step = self._committed_step
         self._metrics.add("failures/learner_restarts", 1)
-        await self._publish(self.slots.version + 1)
+        self.parts.rollout.publish(weights)
+        self._changed.set()
 
     def _reissue(self, group_id: str) -> None:
         self._complete.pop(group_id, None)

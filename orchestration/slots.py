@@ -162,6 +162,23 @@ class Slots:
         self._check()
         return trained
 
+    def roll_back(self, version: int, reason: str) -> list[str]:
+        """The learner lost its state; what it has now is published as `version`.
+
+        Gives up (`counts["dropped/<reason>"]`) and returns the batch in training and, oldest first, waiting groups that
+        could not be trained in time any more, because this version was published without consuming a batch.
+        """
+        given_up = self.groups(Phase.TRAINING)
+        waiting = sorted((s for s in self._slots.values() if s.phase is not Phase.TRAINING), key=lambda s: s.version)
+        while not self._fits([slot.version for slot in waiting], version):
+            given_up.append(waiting.pop(0).group_id)
+        for group_id in given_up:
+            del self._slots[group_id]
+        self.counts[f"dropped/{reason}"] += len(given_up)
+        self.version = version
+        self._check()
+        return given_up
+
     def drop(self, group_id: str, reason: str) -> None:
         """Give the group up (`counts["dropped/<reason>"]`); its prompt may be issued again under a new group id."""
         self._remove(group_id, f"dropped/{reason}")

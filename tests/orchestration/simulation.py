@@ -74,6 +74,7 @@ class Timing:
     step_per_response_s: float = 0.00004
     train_s: float = 10.0
     sync_s: float = 0.05
+    restart_s: float = 25.0
 
     def draw_length(self, rng: random.Random) -> int:
         mu = math.log(self.mean_length) - self.sigma**2 / 2
@@ -178,9 +179,12 @@ class SimulatedLearner:
 
     async def save(self, directory: Path) -> None:
         directory.mkdir(parents=True)
+        if self.die():
+            raise LearnerError("rank 0 died in save (simulated)")
         (directory / "trained.txt").write_text("\n".join(self.trained), encoding="utf-8")
 
     async def start(self, checkpoint: Path | None) -> dict[str, float]:
+        await asyncio.sleep(self.timing.restart_s)
         self.trained = (checkpoint / "trained.txt").read_text(encoding="utf-8").split("\n") if checkpoint else []
         return {}
 

@@ -75,6 +75,9 @@ def edited_model(source: Path, target: Path, **config: Any) -> Path:
         ({"data": {"max_prompt_tokens": 2}}, r"6 bad rows.*jsonl:1: the prompt has 3 tokens.*max_prompt_tokens=2"),
         ({"sampling": {"max_new_tokens": 500}}, r"= 516 exceeds the 512 positions"),
         ({"rollout": {"num_gpus": 64}}, r"ask for 64 GPUs, this machine has \d+; lower them, or set cluster.address"),
+        ({"reward": {"rules": {"default": "maths"}}}, r"unknown rule 'maths'; known: math, .*reward.rules"),
+        ({"reward": {"rules": {"default": "math + user"}}}, r"no user rule is configured; set reward.user_rule"),
+        ({"reward": {"rules": {"default": "choice"}}}, r"q.*: gold answer '.*': '.*' is not a letter"),
         ({"cluster": {"local_cpus": 1}}, r"cluster.local_cpus=1, but the pools ask for 2.5"),
     ],
 )
@@ -101,12 +104,12 @@ def test_a_tokenizer_of_another_model(tiny_model_dir: Path, questions: Path, tmp
 
 def test_gold_answers_that_no_response_can_match(tiny_model_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
-    rows = [{"question": "w1", "answer": answer} for answer in ("12", "\\frac{1}{2}", "\\frac{")]
+    rows = [{"question": "w1", "answer": answer} for answer in ("12", "\\frac{1}{2}", "\\frac{", "9^{9^{9^9}}")]
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ConfigError, match=r"q\.jsonl:3: gold answer .*frac") as error:
-        validate(configure(tiny_model_dir, path))
-    assert "data.max_bad_rows=1" in str(error.value)
-    kept = validate(configure(tiny_model_dir, path, data={"max_bad_rows": 1})).train
+        validate(configure(tiny_model_dir, path, reward={"deadline_s": 1}))
+    assert "data.max_bad_rows=2" in str(error.value) and "q.jsonl:4: gold answer" in str(error.value)
+    kept = validate(configure(tiny_model_dir, path, data={"max_bad_rows": 2}, reward={"deadline_s": 1})).train
     assert kept is not None and len(kept.rows) == 2
 
 
