@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from rollout.engine import SoftEngine
 from rollout.trajectory import Kind, Trajectory
-from tests.rollout.conftest import Case, base_spec, mixed_cases, run
+from tests.rollout.conftest import Case, EngineFactory, base_spec, mixed_cases, run
 from tests.rollout.naive_loop import Position
 
 pytestmark = pytest.mark.slow
@@ -83,3 +85,69 @@ def test_sixty_four_mixed_requests_with_chunked_prefill(engine: SoftEngine, case
     kinds = np.concatenate([trajectory.kinds for trajectory in found.values()])
     assert all((kinds == kind).sum() >= 10 for kind in (Kind.SOFT, Kind.DISCRETE, Kind.FORCED))
     assert (kinds == Kind.ENDED).sum() >= 3
+
+
+BLOCK_BYTES = 2 * 2 * 32 * 32 * 4
+"""KV of one block of the parity model: 2 layers, keys and values, 32 tokens, one head of 32, fp32."""
+
+
+@contextmanager
+def asynchronous_scheduling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """vLLM turns asynchronous scheduling off on a CPU; switched on by force, the engine runs one step ahead of its
+    output exactly as on a GPU."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def keep_asynchronous(cls: Any, vllm_config: Any) -> None:
+        check(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    arguments = SoftEngine._engine_arguments
+
+    def asynchronous_arguments(self: SoftEngine, architecture: str) -> dict[str, Any]:
+        changes = {"async_scheduling": True, "scheduler_cls": "rollout.vllm_scheduler.SoftAsyncScheduler"}
+        return arguments(self, architecture) | changes
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_asynchronous))
+        patch.setattr(SoftEngine, "_engine_arguments", asynchronous_arguments)
+        yield
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False], ids=["prefix-cache", "no-prefix-cache"])
+@pytest.mark.parametrize("scheduling", ["sync", "async"])
+def test_forced_preemption(
+    scheduling: str,
+    prefix_cache: bool,
+    start_engine: EngineFactory,
+    cases: list[Case],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twenty blocks of KV for sixteen requests of up to five: most are preempted and resumed, some several times."""
+    context = asynchronous_scheduling(monkeypatch) if scheduling == "async" else nullcontext()
+    with context, start_engine(kv_cache_memory_bytes=20 * BLOCK_BYTES, enable_prefix_caching=prefix_cache) as engine:
+        assert engine._llm.vllm_config.scheduler_config.async_scheduling is (scheduling == "async")
+        assert_parity(cases, run(engine, cases))
+        stats = engine.stats()
+    assert stats["engine/resumed"] >= 5
+    assert stats["engine/rebuilt_rows"] >= 20
+    assert stats["engine/stashes"] == 0
+
+
+@pytest.mark.parametrize("scheduling", ["sync", "async"])
+def test_cache_resets_with_running_requests(
+    scheduling: str, start_engine: EngineFactory, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every reset preempts all running requests and drops the token in flight, which is drawn again."""
+    context = asynchronous_scheduling(monkeypatch) if scheduling == "async" else nullcontext()
+    with context, start_engine() as engine:
+
+        def reset(number: int) -> None:
+            if number in (6, 11, 23, 24, 40):
+                assert engine._llm.reset_prefix_cache(reset_running_requests=True)
+
+        assert_parity(cases, run(engine, cases, between_steps=reset))
+        stats = engine.stats()
+    assert stats["engine/resumed"] >= 20
+    assert stats["engine/stashes"] == 0
