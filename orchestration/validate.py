@@ -9,14 +9,13 @@ torch.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchestration import machine
-from orchestration.config import Config, ConfigError, DatasetConfig
-from orchestration.dataset import DEFAULT_RULE, MissingData, PromptRow, place, read_rows, report_bad_rows
+from orchestration.config import Config, ConfigError, DatasetConfig, RewardConfig
+from orchestration.dataset import MissingData, PromptRow, place, read_rows, report_bad_rows
 from orchestration.model_facts import ModelFacts, read_model_facts
 from orchestration.prompt_tokenizer import (
     PromptTokenizer,
@@ -24,9 +23,9 @@ from orchestration.prompt_tokenizer import (
     resolve_model_dir,
     with_recipe_prompt,
 )
-
-PLAIN_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
-"""Gold answers that need no parser: most of them, at a thousandth of its cost."""
+from reward.audit import audit_gold
+from reward.rules import RuleError
+from reward.verifier import VerifierSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +202,7 @@ def _load(
     except MissingData as absent:
         missing.append(str(absent))
         return None
-    rows, bad_golds = _with_checkable_gold(rows, dataset)
+    rows, bad_golds = _with_checkable_gold(rows, dataset, config.reward)
     prompt_ids, too_long = _encode(config, dataset, rows, tokenizer) if tokenizer else ({}, [])
     report_bad_rows([*problems, *bad_golds, *too_long], config.data.max_bad_rows)
     if tokenizer:
@@ -232,29 +231,22 @@ def _encode(
     return prompt_ids, problems
 
 
-def _with_checkable_gold(rows: Sequence[PromptRow], dataset: DatasetConfig) -> tuple[list[PromptRow], list[str]]:
-    """Split off rows whose gold answer no response could match; only mathematical rules can tell."""
-    reasons: dict[str, str | None] = {}
+def _with_checkable_gold(
+    rows: Sequence[PromptRow], dataset: DatasetConfig, reward: RewardConfig
+) -> tuple[list[PromptRow], list[str]]:
+    """Split off rows whose gold answer no response could match by their rule; killable children try the mathematics."""
+    spec = VerifierSpec(min(8, os.cpu_count() or 1), reward.deadline_s, reward.memory_mb, reward.user_rule)
+    try:
+        reasons = audit_gold([row.gold for row in rows], [row.rule for row in rows], spec)
+    except RuleError as error:
+        raise ConfigError(f"{dataset.path}: {error} (reward.rules, or rule of the dataset)") from None
     good, problems = [], []
-    for row in rows:
-        reason = None
-        if row.rule == DEFAULT_RULE and isinstance(row.gold, str):
-            if row.gold not in reasons:
-                reasons[row.gold] = _gold_problem(row.gold)
-            reason = reasons[row.gold]
+    for row, reason in zip(rows, reasons, strict=True):
         if reason is None:
             good.append(row)
         else:
             problems.append(f"{place(dataset.path, row.line)}: gold answer {row.gold!r:.80}: {reason}")
     return good, problems
-
-
-def _gold_problem(gold: str) -> str | None:
-    if PLAIN_NUMBER.fullmatch(gold):
-        return None
-    from reward.math import check_gold
-
-    return check_gold(gold)
 
 
 def _value_bytes(config: Config) -> int:
