@@ -44,7 +44,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m orchestration demo $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -m "not chaos and not gpu" $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

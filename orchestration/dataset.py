@@ -193,10 +193,6 @@ def _parse_row(
     data_source = _field(record, columns.data_source) if columns.data_source else None
     source = str(data_source or name)
     rule = dataset.rule or reward.rules.get(source) or reward.rules.get("default") or DEFAULT_RULE
-    if isinstance(gold, dict) and rule == DEFAULT_RULE:
-        raise BadRow(
-            f"{columns.answer} is an object, which the rule `{rule}` cannot compare; set reward.rules.{source}"
-        )
     return PromptRow(_prompt_id(name, messages, gold, seen), messages, gold, source, rule, line)
 
 

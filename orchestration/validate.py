@@ -245,7 +245,10 @@ def _with_checkable_gold(
         if reason is None:
             good.append(row)
         else:
-            problems.append(f"{place(dataset.path, row.line)}: gold answer {row.gold!r:.80}: {reason}")
+            problems.append(
+                f"{place(dataset.path, row.line)}: gold answer {row.gold!r:.80}: {reason} (rule {row.rule}; "
+                f"reward.rules.{row.data_source} chooses another)"
+            )
     return good, problems
 
 

@@ -106,7 +106,7 @@ def test_prompt_ids_depend_on_content_only(write: Write) -> None:
         ({"text": "1+1?", "label": 2}, ["unknown layout", "label, text", "columns"]),
         ({"prompt": [{"from": "alien", "value": "x"}], "final_answer": "2"}, ["alien", "role"]),
         ({"prompt": [{"role": "assistant", "content": "x"}], "final_answer": "2"}, ["assistant", "user message"]),
-        ({"prompt": "write", "final_answer": {"test": "assert True"}}, ["object", "reward.rules.set"]),
+        ({"prompt": "write", "final_answer": {}}, ["final_answer={}", "no gold answer"]),
         (["not", "a", "row"], ["expected an object"]),
     ],
 )
