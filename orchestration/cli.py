@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_CONFIG
     command = next(command for command in COMMANDS if command.name == namespace.command)
     assert not rest
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
-    )
+    from orchestration.logs import configure
+
+    configure("driver")
     try:
         return command.load()(arguments[1:])
     except ConfigError as error:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from orchestration.config import Config, ConfigError
 from orchestration.machine import num_cpus
+from orchestration.plan import source_path
 from orchestration.validate import pool_needs, uses_local_cluster
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,10 @@ def connected(config: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    worker_environment = {
+        "env_vars": source_path(),
+        "worker_process_setup_hook": "orchestration.logs.setup_worker",
+    }
     if uses_local_cluster(config):
         wanted = math.ceil(pool_needs(config).cpus)
         ray.init(
@@ -35,9 +40,15 @@ def connected(config: Config) -> Iterator[None]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
+            runtime_env=worker_environment,
         )
     else:
-        ray.init(address=config.cluster.address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(
+            address=config.cluster.address or "auto",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env=worker_environment,
+        )
     try:
         _check_capacity(config)
         yield

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
+from orchestration.watchdog import waiting_for
+
 T = TypeVar("T")
 
 
@@ -38,9 +40,13 @@ class LearnerLost(Exception):
 
 
 async def within(awaitable: Awaitable[T], seconds: float, what: str) -> T:
-    """Await with a deadline. Raises `DeadlineExceeded` that says what was waited for and how long."""
+    """Await with a deadline. Raises `DeadlineExceeded` that says what was waited for and how long.
+
+    Half of the deadline gone is worth a report with stacks; at the end they are lost.
+    """
     try:
-        async with asyncio.timeout(seconds):  # not wait_for, which in Python 3.11 may swallow a cancellation
-            return await awaitable
+        with waiting_for(what, who="driver", deadline_s=seconds / 2):
+            async with asyncio.timeout(seconds):  # not wait_for, which in Python 3.11 may swallow a cancellation
+                return await awaitable
     except TimeoutError:
         raise DeadlineExceeded(f"waited {seconds:.0f} s for {what}") from None

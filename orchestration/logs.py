@@ -26,7 +26,13 @@ POOL_VARIABLE = "SOFTGRPO_POOL"
 RANK_VARIABLE = "SOFTGRPO_RANK"
 FORMAT_VARIABLE = "SOFTGRPO_LOG_FORMAT"
 """`text` or `json`; otherwise Ray's own RAY_LOGGING_CONFIG_ENCODING decides."""
-QUIET = {"urllib3": logging.WARNING, "alembic": logging.WARNING, "vllm": logging.WARNING, "DeepSpeed": logging.WARNING}
+QUIET = {
+    "urllib3": logging.WARNING,
+    "alembic": logging.WARNING,
+    "mlflow": logging.WARNING,
+    "vllm": logging.WARNING,
+    "DeepSpeed": logging.WARNING,
+}
 STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "policy_version", "taskName"}
 
 _policy_version: int | None = None
@@ -40,6 +46,7 @@ def set_policy_version(version: int) -> None:
 
 def configure(pool: str, rank: str | int | None = None, *, stream: TextIO | None = None) -> None:
     """Send this process's log to `stream` (default stderr), replacing what was set up before."""
+    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # otherwise it prints lines of its own format
     handler = LossyHandler(stream or sys.stderr)
     handler.setFormatter(choose_formatter(pool, None if rank is None else str(rank)))
     root = logging.getLogger()

@@ -9,6 +9,7 @@ from typing import Any
 
 from learner.spec import LearnerSpec
 from orchestration.config import Config
+from orchestration.logs import POOL_VARIABLE
 from orchestration.validate import Resolved
 from reward.actor import VerifierSpec
 from rollout.engine import EngineSpec, engine_environment
@@ -41,16 +42,18 @@ def make_plan(resolved: Resolved, initial_version: int) -> Plan:
         engine_options={
             **_resources(config.rollout.num_cpus, engine_gpus(config)),
             "max_concurrency": CONTROL_CALLS,
-            "runtime_env": {"env_vars": {**_source_path(), **engine_environment(engine)}},
+            "runtime_env": {"env_vars": {**source_path(), POOL_VARIABLE: "rollout", **engine_environment(engine)}},
         },
         learner_options={
             **_resources(config.learner.num_cpus, config.learner.num_gpus),
-            "runtime_env": {"env_vars": {**_source_path(), **_threads(config.learner.num_cpus)}},
+            "runtime_env": {
+                "env_vars": {**source_path(), POOL_VARIABLE: "learner", **_threads(config.learner.num_cpus)}
+            },
         },
         verifier_options={
             **_resources(config.reward.num_cpus, 0),
             "max_concurrency": config.reward.processes_per_actor + 1,
-            "runtime_env": {"env_vars": {**_source_path(), **_threads(1)}},
+            "runtime_env": {"env_vars": {**source_path(), POOL_VARIABLE: "verifier", **_threads(1)}},
         },
     )
 
@@ -179,7 +182,7 @@ def _threads(num_cpus: float) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, int(num_cpus)))}
 
 
-def _source_path() -> dict[str, str]:
+def source_path() -> dict[str, str]:
     """Workers of a local cluster import this checkout; those of a submitted job have it as their working directory."""
     if os.environ.get("RAY_ADDRESS"):
         return {}

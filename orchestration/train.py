@@ -10,6 +10,7 @@ import asyncio
 import logging
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,20 @@ from orchestration.controller import Controller, Parts
 from orchestration.dataset import PromptStream, Visit, dataset_digest
 from orchestration.evaluate import TwoPools
 from orchestration.failures import RunError
+from orchestration.logs import also_to, set_policy_version
+from orchestration.metrics_export import MetricsExporter
+from orchestration.model_facts import read_model_facts
 from orchestration.plan import make_plan
 from orchestration.pools import RolloutPool, VerifierPool
 from orchestration.progress import Progress
+from orchestration.prompt_tokenizer import PromptTokenizer
 from orchestration.run_evaluation import RunEvaluation
 from orchestration.run_state import RunDirectory, load_state
 from orchestration.step_metrics import StepMetrics
 from orchestration.tracking import FinalStatus, Tracker
 from orchestration.trajectory_sample import save_sample
 from orchestration.validate import Resolved, validate
+from orchestration.watchdog import Watchdog
 from reward.actor import VerifierActor
 from rollout.actor import RolloutActor
 
@@ -49,7 +55,7 @@ def run_training(config: Config, *, resume: bool) -> int:
     directory = RunDirectory(config.run_dir)
     with directory.lease():
         directory.create(config, resume=resume)
-        with connected(config):
+        with also_to(directory.path / "driver.log"), connected(config):
             return asyncio.run(TrainingRun(resolved, directory, resume=resume).run())
 
 
@@ -67,6 +73,8 @@ class TrainingRun:
         self.state = load_state(self.checkpoint) if self.checkpoint else None
         self.plan = make_plan(resolved, initial_version=0)
         self.tracker = Tracker.open(self.config, datasets=[_describe_dataset(resolved)])
+        self.exporter = MetricsExporter(self.config.name)
+        self.watchdog = Watchdog()
         self.learner = LearnerGroup(self.plan.learner, self.plan.learner_options)
         self.controller: Controller | None = None
         self.evaluation: RunEvaluation | None = None
@@ -77,6 +85,7 @@ class TrainingRun:
         """Start, train, evaluate, stop; the tracker learns how it ended."""
         work = asyncio.create_task(self._work(), name="training run")
         self._handle_signals(work)
+        self.watchdog.start(asyncio.get_running_loop())
         status: FinalStatus = "FAILED"
         try:
             await work
@@ -93,6 +102,7 @@ class TrainingRun:
                 self.evaluation.cancel()
             self._kill_pools()
             self.tracker.close(status)
+            self.watchdog.stop()
         if status == "KILLED":
             held = self.directory.latest_checkpoint()
             logger.info("stopped; %s", f"continue with --resume from {held.name}" if held else "no step was finished")
@@ -174,7 +184,10 @@ class TrainingRun:
         return [Visit(rows[prompt_id], visit) for prompt_id, visit in self.state.pending]
 
     async def _after_step(self, step: int, version: int, metrics: StepMetrics) -> None:
-        self.tracker.log(metrics.values | {"sync/version": version, **self._pool_metrics()}, step)
+        set_policy_version(version)
+        values = metrics.values | {"sync/version": version, **self._pool_metrics()}
+        self.tracker.log(values, step)
+        self.exporter.export(values)
         self.progress.advance(step, metrics.values)
         if self.evaluation is not None:
             self.evaluation.after_step(step)
@@ -185,7 +198,7 @@ class TrainingRun:
             self.tracker.artifact(path, "trajectories")
 
     def _pool_metrics(self) -> dict[str, float]:
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float] = {"failures/stall_reports": self.watchdog.num_reports}
         for pool in (self.rollout, self.verifier):
             metrics |= {f"failures/{pool.name}_{name.replace('/', '_')}": n for name, n in pool.counts.items()}
         if reports := self.rollout.take_sync_reports():
