@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from orchestration.failures import ActorLost, DeadlineExceeded, GroupFailed, PoolExhausted, within
+from orchestration.failures import ActorLost, DeadlineExceeded, GroupFailed, PoolExhausted, RunError, within
 from rollout.request import GroupSummary, RolloutRequest
 
 if TYPE_CHECKING:
@@ -68,8 +68,12 @@ class ActorPool:
         self._fatal: BaseException | None = None
 
     async def start(self) -> None:
-        """Wait until every member answers, then watch them."""
-        await asyncio.gather(*(self._bring_up(member) for member in self.members))
+        """Wait until every member answers, then watch them. Raises `RunError` if one cannot start."""
+        try:
+            await asyncio.gather(*(self._bring_up(member) for member in self.members))
+        except (RayActorError, RayTaskError) as error:
+            cause = getattr(error, "cause", None) or error
+            raise RunError(f"a {self.name} actor cannot start: {type(cause).__name__}: {cause}") from error
         self._spawn(self._watch(), "watch")
 
     def raise_if_broken(self) -> None:

@@ -56,7 +56,23 @@ def run_training(config: Config, *, resume: bool) -> int:
     with directory.lease():
         directory.create(config, resume=resume)
         with also_to(directory.path / "driver.log"), connected(config):
+            resolved = with_end_of_thinking(resolved, directory.path / "initial_model")
             return asyncio.run(TrainingRun(resolved, directory, resume=resume).run())
+
+
+def with_end_of_thinking(resolved: Resolved, prepared: Path) -> Resolved:
+    """The same run from a copy of the model that has the end-of-thinking token, where the recipe asks to add it."""
+    model, tokenizer = resolved.config.model, resolved.tokenizer
+    if not model.add_end_of_thinking or tokenizer is None or tokenizer.token_id(str(model.end_of_thinking)) is not None:
+        return resolved
+    if not (prepared / "config.json").is_file():
+        from learner.add_token import add_token
+
+        logger.info("adding %s to the model's vocabulary", model.end_of_thinking)
+        task = ray.remote(num_cpus=1)(add_token).remote(resolved.model_dir, str(model.end_of_thinking), prepared)
+        ray.get(task, timeout=resolved.config.learner.startup_timeout_s)
+    facts = read_model_facts(prepared)
+    return replace(resolved, model_dir=prepared, model=facts, tokenizer=PromptTokenizer(prepared))
 
 
 class TrainingRun:
