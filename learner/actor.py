@@ -55,9 +55,7 @@ class LearnerRank:
         }
         from learner.trainer import Trainer
 
-        self._trainer = Trainer(self.spec, self.rank)
-        if checkpoint is not None:
-            self._trainer.load(Path(checkpoint))
+        self._trainer = Trainer(self.spec, self.rank, None if checkpoint is None else Path(checkpoint))
         return {"rank": self.rank, "pid": os.getpid(), **self._trainer.describe()}
 
     def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:

@@ -1,25 +1,39 @@
 """The resumable state of a learner: DeepSpeed's own files plus our facts, written into one given folder and synced.
 
-`save` writes only below that folder; making the result atomic (manifest, rename) is the caller's job, so DeepSpeed's
-`latest` file is never written. The step decides the learning rate, and nothing in a learner step is random.
+`save_state` writes only below that folder; making the result atomic (manifest, rename) is the caller's job, so
+DeepSpeed's `latest` file is never written. The step decides the learning rate, and nothing in a learner step is random.
+
+A state is loaded with the ZeRO stage it was saved with, on any number of ranks: partitioned states of another world
+size go through DeepSpeed's universal checkpoint format, converted into a sibling folder that is removed after loading.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from learner.export import sync_directory
 from learner.spec import LearnerError
 
+logger = logging.getLogger(__name__)
+
 TAG = "learner"
 FACTS = "learner.json"
+UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+"""Without it DeepSpeed refuses to convert the state of ZeRO 1 and 2."""
 
 
 def save_state(engine: Any, directory: Path, facts: dict[str, Any], rank: int) -> None:
     """Write optimiser, master weights and `facts` below an existing folder; collective, synced when it returns."""
-    engine.save_checkpoint(str(directory), tag=TAG, client_state={"facts": facts}, save_latest=False)
+    engine.save_checkpoint(str(directory), tag=TAG, client_state=UNIVERSAL, save_latest=False)
     if rank == 0:
         (directory / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     sync_directory(directory)
@@ -27,18 +41,71 @@ def save_state(engine: Any, directory: Path, facts: dict[str, Any], rank: int) -
 
 def read_facts(directory: Path) -> dict[str, Any]:
     """The facts of a saved state; raises `LearnerError` if there is none."""
-    path = directory / FACTS
     try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads((directory / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LearnerError(f"{directory}: no learner state that can be read: {error}") from None
     return facts
 
 
-def load_state(engine: Any, directory: Path) -> dict[str, Any]:
-    """Restore what `save_state` wrote and return its facts; collective."""
-    facts = read_facts(directory)
-    path, _ = engine.load_checkpoint(str(directory), tag=TAG)
+def check_loadable(facts: dict[str, Any], zero_stage: int, directory: Path) -> None:
+    """Raise `LearnerError` for a state that cannot be loaded with this ZeRO stage."""
+    if facts["zero_stage"] != zero_stage:
+        raise LearnerError(
+            f"{directory}: saved with ZeRO stage {facts['zero_stage']}, this learner runs stage {zero_stage}; "
+            f"set learner.zero_stage={facts['zero_stage']} to resume"
+        )
+
+
+def needs_conversion(facts: dict[str, Any], world_size: int) -> bool:
+    """Whether the state is partitioned over another number of ranks."""
+    return facts["zero_stage"] > 0 and facts["world_size"] != world_size
+
+
+def load_state(engine: Any, directory: Path, *, convert: bool, rank: int) -> None:
+    """Restore what `save_state` wrote; collective. With `convert` the engine must be configured for it
+    (`checkpoint.load_universal`), and the folder's parent must be writable and seen by all ranks.
+    """
+    options = [{key: group[key] for key in group if key != "params"} for group in engine.optimizer.param_groups]
+    with _converted(directory, rank) if convert else contextlib.nullcontext(directory) as source:
+        path, _ = engine.load_checkpoint(str(source), tag=TAG)
     if path is None:
         raise LearnerError(f"{directory}: DeepSpeed could not load the state below {TAG}/")
-    return facts
+    # From a universal checkpoint ZeRO-3 gives every group the options of the first (and its weight decay), and all
+    # states one step counter, which would then be counted up once per group.
+    for group, kept in zip(engine.optimizer.param_groups, options, strict=True):
+        group.update(kept)
+    for state in engine.basic_optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
+
+
+@contextlib.contextmanager
+def _converted(directory: Path, rank: int) -> Iterator[Path]:
+    """A folder with the universal form of a saved state, made by rank 0 while the others wait."""
+    import torch.distributed as dist
+
+    target = directory.with_name(f".{directory.name}.universal")
+    if rank == 0:
+        from deepspeed.checkpoint import ds_to_universal
+
+        logger.info("converting %s for another number of ranks", directory)
+        shutil.rmtree(target, ignore_errors=True)
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=str(directory / TAG),
+                output_folder=str(target / TAG),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=False,
+            )
+        )
+    dist.barrier()
+    try:
+        yield target
+        dist.barrier()
+    finally:
+        if rank == 0:
+            shutil.rmtree(target, ignore_errors=True)

@@ -50,10 +50,7 @@ def whole(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> A
 
 def export_checkpoint(policy: PolicyModel, model_path: str, directory: Path, *, writes: bool) -> None:
     """Write config, tokenizer and safetensors that `transformers` and vLLM load; collective, one rank `writes`."""
-    weights = {}
-    for name, weight in named_weights(policy):
-        if writes:
-            weights[name] = weight.to("cpu", copy=True)
+    weights = _copied(named_weights(policy), writes)
     if not writes:
         return
     from transformers import AutoTokenizer
@@ -62,6 +59,24 @@ def export_checkpoint(policy: PolicyModel, model_path: str, directory: Path, *, 
     model.save_pretrained(directory, state_dict=weights)
     AutoTokenizer.from_pretrained(model_path).save_pretrained(directory)
     sync_directory(directory)
+
+
+def save_weights(weights: Iterator[tuple[str, Tensor]], path: Path, *, writes: bool) -> None:
+    """Write named weights as one safetensors file; collective, one rank `writes`."""
+    copied = _copied(weights, writes)
+    if writes:
+        from safetensors.torch import save_file
+
+        save_file(copied, path)
+
+
+def _copied(weights: Iterator[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """CPU copies on the rank that keeps them; the others only take part in the gathering."""
+    copied = {}
+    for name, weight in weights:
+        if keep:
+            copied[name] = weight.to("cpu", copy=True).contiguous()
+    return copied
 
 
 def sync_directory(directory: Path) -> None:

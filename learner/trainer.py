@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.checkpoint import load_state, save_state
+from learner.checkpoint import check_loadable, load_state, needs_conversion, read_facts, save_state
 from learner.diagnostics import Statistics
-from learner.export import export_checkpoint, named_weights, whole
+from learner.export import export_checkpoint, named_weights, save_weights, whole
 from learner.model import PolicyModel, load_policy
 from learner.objective import ObjectiveSettings, objective, score_positions
 from learner.optimizer import build_optimizer, deepspeed_config, effective_zero_stage, learning_rate
@@ -34,20 +34,29 @@ from learner.spec import LearnerError, LearnerSpec, ScoredGroup
 
 logger = logging.getLogger(__name__)
 
+REFERENCE = "reference.safetensors"
+
 
 class Trainer:
     """The policy on one rank; `steps` is the number of training steps it has seen."""
 
-    def __init__(self, spec: LearnerSpec, rank: int) -> None:
+    def __init__(self, spec: LearnerSpec, rank: int, checkpoint: Path | None = None) -> None:
         self.spec = spec
         self.rank = rank
         self.steps = 0
         self.settings = objective_settings(spec)
         initialize_distributed(spec)
         torch.manual_seed(spec.seed)
-        self.engine = _initialize(load_policy(spec), spec)
+        facts = None if checkpoint is None else read_facts(checkpoint)
+        convert = facts is not None and needs_conversion(facts, spec.world_size)
+        self.engine = _initialize(load_policy(spec), spec, load_universal=convert)
         self.policy: PolicyModel = self.engine.module
         self.reference = self._load_reference()
+        if checkpoint is not None and facts is not None:
+            check_loadable(facts, effective_zero_stage(spec), checkpoint)
+            load_state(self.engine, checkpoint, convert=convert, rank=rank)
+            self._load_refreshed_reference(checkpoint)
+            self.steps = int(facts["steps"])
 
     def describe(self) -> dict[str, Any]:
         """Facts for the driver's log."""
@@ -74,8 +83,9 @@ class Trainer:
             group["lr"] = rate
         steps = [self._update(batches) for _ in range(self.spec.epochs) for batches in mini_batches]
         self.steps += 1
-        if self.reference is not None and self.spec.kl_refresh_every and self.steps % self.spec.kl_refresh_every == 0:
-            self._refresh_reference()
+        refresh = self.spec.kl_refresh_every if self.reference is not None else None
+        if refresh and self.steps % refresh == 0:
+            self._refresh_reference(named_weights(self.policy))
         finished = time.perf_counter()
         times = {
             "learner/step_s": finished - started,
@@ -98,11 +108,9 @@ class Trainer:
     def save(self, directory: Path) -> None:
         """Write the resumable state below `directory`."""
         facts = {"world_size": self.spec.world_size, **self.describe()}
+        if self.spec.kl_refresh_every:
+            save_weights(named_weights(_module(self.reference)), directory / REFERENCE, writes=self.rank == 0)
         save_state(self.engine, directory, facts, self.rank)
-
-    def load(self, directory: Path) -> None:
-        """Restore the state that `save` wrote."""
-        self.steps = int(load_state(self.engine, directory)["steps"])
 
     def export(self, directory: Path) -> None:
         """Write a Hugging Face checkpoint into `directory`."""
@@ -165,9 +173,8 @@ class Trainer:
         if not self.settings.needs_reference or self.settings.kl_estimator != "exact":
             return nullcontext(None)
         source = self.policy if self.reference is None else self.reference
-        head = getattr(source, "module", source).head.weight
-        context = whole([head])
-        return context if context is None else _Yielding(context, head)
+        head = _module(source).head.weight
+        return _Yielding(whole([head]), head)
 
     def _reduced(
         self, steps: Sequence[tuple[Statistics, float, bool, list[float]]], times: dict[str, float]
@@ -204,12 +211,20 @@ class Trainer:
         reference = load_policy(self.spec, trainable=False)
         return reference if self.spec.zero_stage < 3 else _initialize(reference, self.spec, trainable=False)
 
-    def _refresh_reference(self) -> None:
-        """Copy the policy into the reference."""
-        targets = dict(getattr(self.reference, "module", self.reference).language_model.named_parameters())
-        for name, weight in named_weights(self.policy):
+    def _refresh_reference(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Overwrite the reference with named weights."""
+        targets = dict(_module(self.reference).language_model.named_parameters())
+        for name, weight in weights:
             with torch.no_grad(), whole([targets[name]], modifier_rank=0):
                 targets[name].copy_(weight)
+
+    def _load_refreshed_reference(self, checkpoint: Path) -> None:
+        """A refreshed reference is part of the state; the other kind is the model the run started from."""
+        if self.reference is None or not self.spec.kl_refresh_every:
+            return
+        from safetensors.torch import load_file
+
+        self._refresh_reference(iter(load_file(checkpoint / REFERENCE).items()))
 
 
 class _Yielding:
@@ -225,6 +240,12 @@ class _Yielding:
 
     def __exit__(self, *error: Any) -> None:
         self.context.__exit__(*error)
+
+
+def _module(model: Any) -> PolicyModel:
+    """The policy itself, also inside a DeepSpeed engine."""
+    module: PolicyModel = getattr(model, "module", model)
+    return module
 
 
 def _objective(
@@ -275,10 +296,11 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _initialize(policy: PolicyModel, spec: LearnerSpec, *, trainable: bool = True) -> Any:
+def _initialize(policy: PolicyModel, spec: LearnerSpec, *, trainable: bool = True, load_universal: bool = False) -> Any:
     import deepspeed
 
     config = deepspeed_config(spec)
+    config["checkpoint"]["load_universal"] = load_universal
     if not trainable:
         config["zero_optimization"].pop("offload_optimizer", None)
     optimizer = build_optimizer(policy, spec) if trainable else None

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.learner.handmade import learner_spec
+from tests.learner.two_ranks import Pair
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +33,11 @@ def single_rank() -> Iterator[None]:
         yield
     if deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def pair(ray_local: None, tiny_model_dir: Path) -> Iterator[Pair]:
+    """Two ranks that all tests share: most of their start is imports."""
+    ranks = Pair(learner_spec(tiny_model_dir, world_size=2))
+    yield ranks
+    ranks.kill()

@@ -123,8 +123,7 @@ def test_save_and_load_continue_the_same_curve(tiny_model_dir: Path, tmp_path: P
     trainer.train(groups, 0)
     trainer.save(tmp_path)
     uninterrupted = [trainer.train(groups, version) for version in (1, 2)]
-    resumed = Trainer(spec, rank=0)
-    resumed.load(tmp_path)
+    resumed = Trainer(spec, rank=0, checkpoint=tmp_path)
     assert resumed.steps == 1
     again = [resumed.train(groups, version) for version in (1, 2)]
     for expected, found in zip(uninterrupted, again, strict=True):

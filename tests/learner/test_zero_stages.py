@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,71 +10,18 @@ import pytest
 import ray
 import torch
 
-from learner.actor import LearnerRank
 from learner.spec import LearnerSpec, ScoredGroup
 from learner.trainer import Trainer
 from tests.learner.handmade import learner_spec, make_group
+from tests.learner.two_ranks import STEPS, Pair, Weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local", "single_rank")]
 
-STEPS = 3
 FP32_TOLERANCE = 2e-3
 """Distance between two updates as a share of the update, per tensor, after 3 steps. Sums over ranks and passes are
 taken in another order, and Adam makes whole steps of gradients that are hardly more than rounding."""
 BFLOAT16_TOLERANCE = 0.1
 """The same for bf16 passes and weights, over the whole model: norm weights near 1 lie on a coarse grid."""
-
-Weights = dict[str, torch.Tensor]
-
-
-class PairRank(LearnerRank):
-    """A rank that starts over with one spec after another in the same process (imports are most of a start)."""
-
-    def begin(self, spec: LearnerSpec, master: tuple[str, int], checkpoint: str | None = None) -> None:
-        """A fresh trainer in the process group of the first call."""
-        self.spec = spec
-        self.start(master, checkpoint)
-
-    def run(self, groups: list[ScoredGroup]) -> list[dict[str, float]]:
-        """`STEPS` training steps from the current version."""
-        first = self.trainer.steps
-        return [self.trainer.train(groups, version) for version in range(first, first + STEPS)]
-
-    def set_noise_scale(self, scale: float) -> None:
-        """Change the objective of this rank only."""
-        self.trainer.settings = dataclasses.replace(self.trainer.settings, noise_scale=scale)
-
-    def weights(self) -> Weights:
-        """All weights, on every rank."""
-        return {name: weight.clone() for name, weight in self.trainer.weights()}
-
-
-class Pair:
-    """Two ranks in lockstep."""
-
-    def __init__(self, spec: LearnerSpec) -> None:
-        self.ranks = [ray.remote(PairRank).options(num_cpus=1).remote(spec, rank) for rank in range(2)]
-        self.master = ray.get(self.ranks[0].rendezvous.remote(), timeout=120)
-
-    def call(self, method: str, *arguments: Any) -> list[Any]:
-        """The results of one collective call."""
-        return ray.get([getattr(rank, method).remote(*arguments) for rank in self.ranks], timeout=300)
-
-    def trained(self, spec: LearnerSpec, groups: list[ScoredGroup]) -> tuple[Weights, list[dict[str, float]]]:
-        """Weights and metrics of a fresh two-rank run."""
-        self.call("begin", dataclasses.replace(spec, world_size=2), self.master)
-        metrics = self.call("run", groups)[0]
-        first, second = self.call("weights")
-        assert all(torch.equal(first[name], second[name]) for name in first)
-        return first, metrics
-
-
-@pytest.fixture(scope="module")
-def pair(tiny_model_dir: Path) -> Iterator[Pair]:
-    ranks = Pair(learner_spec(tiny_model_dir, world_size=2))
-    yield ranks
-    for rank in ranks.ranks:
-        ray.kill(rank)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,86 @@
+"""A learner state continues the same run, on the same number of ranks and on another one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from learner.checkpoint import FACTS
+from learner.export import named_weights
+from learner.spec import LearnerError, ScoredGroup
+from learner.trainer import Trainer
+from tests.learner.handmade import learner_spec, make_group
+from tests.learner.two_ranks import STEPS, Pair
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_rank")]
+
+
+@pytest.fixture(scope="module")
+def groups() -> list[ScoredGroup]:
+    return [make_group(seed) for seed in range(4)]
+
+
+def losses(metrics: list[dict[str, float]]) -> list[float]:
+    return [step[name] for step in metrics for name in ("objective/policy_loss", "learner/grad_norm")]
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16")])
+def test_another_number_of_ranks_continues(
+    stage: int, dtype: str, tiny_model_dir: Path, tmp_path: Path, groups: list[ScoredGroup], pair: Pair
+) -> None:
+    """Two ranks save, one continues and saves, two continue: always the curve of the run that was never stopped."""
+    spec = learner_spec(tiny_model_dir, mini_batches=2, micro_batch_tokens=40, zero_stage=stage, dtype=dtype)
+    spec = dataclasses.replace(spec, weight_decay=5.0)  # only on matrices, also after a conversion
+    tolerance = {"rel": 2e-3, "abs": 1e-5} if dtype == "float32" else {"rel": 0.1, "abs": 5e-3}
+    both = dataclasses.replace(spec, world_size=2)
+    first, second = tmp_path / "step-3", tmp_path / "step-6"
+    first.mkdir()
+    second.mkdir()
+
+    pair.call("begin", both, pair.master)
+    pair.call("run", groups)
+    pair.call("save", str(first))
+    uninterrupted = pair.call("run", groups)[0] + pair.call("run", groups)[0]
+
+    alone = Trainer(spec, rank=0, checkpoint=first)
+    assert alone.steps == STEPS
+    resumed = [alone.train(groups, step) for step in range(STEPS, 2 * STEPS)]
+    alone.save(second)
+    pair.call("begin", both, pair.master, str(second))
+    resumed += pair.call("run", groups)[0]
+    assert losses(resumed) == pytest.approx(losses(uninterrupted), **tolerance)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-6"]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_refreshed_reference_is_part_of_the_state(
+    stage: int, tiny_model_dir: Path, tmp_path: Path, groups: list[ScoredGroup]
+) -> None:
+    spec = learner_spec(tiny_model_dir, kl_coefficient=0.1, kl_refresh_every=2, zero_stage=stage)
+    trainer = Trainer(spec, rank=0)
+    for step in range(3):
+        if step == 2:
+            at_refresh = {name: weight.clone() for name, weight in trainer.weights()}
+        trainer.train(groups, step)
+    resumed_from = tmp_path / "state"
+    resumed_from.mkdir()
+    trainer.save(resumed_from)
+    resumed = Trainer(spec, rank=0, checkpoint=resumed_from)
+    for model in (trainer.reference, resumed.reference):
+        kept = dict(named_weights(getattr(model, "module", model)))
+        assert all(torch.equal(kept[name], weight) for name, weight in at_refresh.items())
+    assert losses([resumed.train(groups, 3)]) == losses([trainer.train(groups, 3)])
+
+
+def test_states_that_do_not_fit_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    spec = learner_spec(tiny_model_dir)
+    with pytest.raises(LearnerError, match="no learner state that can be read"):
+        Trainer(spec, rank=0, checkpoint=tmp_path)
+    facts = {"steps": 3, "world_size": 1, "zero_stage": 2}
+    (tmp_path / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(LearnerError, match="saved with ZeRO stage 2, this learner runs stage 0"):
+        Trainer(spec, rank=0, checkpoint=tmp_path)

@@ -1,0 +1,63 @@
+"""Two learner ranks in lockstep on Ray, that start over with one spec after another in the same processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import ray
+import torch
+
+from learner.actor import LearnerRank
+from learner.spec import LearnerSpec, ScoredGroup
+
+STEPS = 3
+
+Weights = dict[str, torch.Tensor]
+
+
+class PairRank(LearnerRank):
+    """A rank that starts over with one spec after another in the same process (imports are most of a start)."""
+
+    def begin(self, spec: LearnerSpec, master: tuple[str, int], checkpoint: str | None = None) -> None:
+        """A fresh trainer in the process group of the first call."""
+        self.spec = spec
+        self.start(master, checkpoint)
+
+    def run(self, groups: list[ScoredGroup]) -> list[dict[str, float]]:
+        """`STEPS` training steps from the current version."""
+        first = self.trainer.steps
+        return [self.trainer.train(groups, version) for version in range(first, first + STEPS)]
+
+    def set_noise_scale(self, scale: float) -> None:
+        """Change the objective of this rank only."""
+        self.trainer.settings = dataclasses.replace(self.trainer.settings, noise_scale=scale)
+
+    def weights(self) -> Weights:
+        """All weights, on every rank."""
+        return {name: weight.clone() for name, weight in self.trainer.weights()}
+
+
+class Pair:
+    """Two ranks in lockstep."""
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        self.ranks = [ray.remote(PairRank).options(num_cpus=1).remote(spec, rank) for rank in range(2)]
+        self.master = ray.get(self.ranks[0].rendezvous.remote(), timeout=120)
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """The results of one collective call."""
+        return ray.get([getattr(rank, method).remote(*arguments) for rank in self.ranks], timeout=300)
+
+    def trained(self, spec: LearnerSpec, groups: list[ScoredGroup]) -> tuple[Weights, list[dict[str, float]]]:
+        """Weights and metrics of a fresh two-rank run."""
+        self.call("begin", dataclasses.replace(spec, world_size=2), self.master)
+        metrics = self.call("run", groups)[0]
+        first, second = self.call("weights")
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        return first, metrics
+
+    def kill(self) -> None:
+        """End both."""
+        for rank in self.ranks:
+            ray.kill(rank)
