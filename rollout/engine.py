@@ -9,6 +9,7 @@ sets the other before the actor's process imports torch.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -190,6 +191,9 @@ class SoftEngine:
         self.version = spec.initial_version
         self.num_steps = 0
         self.num_tokens = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_prompt_tokens = 0
+        """Of which the prefix cache had the KV."""
         self.model_config = AutoConfig.from_pretrained(spec.model_path, trust_remote_code=spec.trust_remote_code)
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model_path, trust_remote_code=spec.trust_remote_code)
         self.stop_ids = stop_token_ids(spec.model_path, self.model_config, self.tokenizer)
@@ -230,6 +234,9 @@ class SoftEngine:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        # vLLM collects garbage ten times while it starts; what the imports left behind need not be walked every time.
+        gc.collect()
+        gc.freeze()
         return LLMEngine.from_engine_args(EngineArgs(**self._engine_arguments(architecture)))
 
     def _engine_arguments(self, architecture: str) -> dict[str, Any]:
@@ -379,6 +386,9 @@ class SoftEngine:
                 continue
             recording.append(output.new_token_ids, output.new_logprobs)
             self.num_tokens += len(output.new_token_ids)
+            if output.prefill_stats is not None:
+                self.num_prompt_tokens += output.prefill_stats.num_prompt_tokens
+                self.num_cached_prompt_tokens += output.prefill_stats.num_cached_tokens
             if output.finish_reason is not None:
                 self._forget(output.request_id)
                 finished.append(recording.finish(str(output.finish_reason)))
@@ -420,6 +430,8 @@ class SoftEngine:
         return {
             "steps": self.num_steps,
             "tokens": self.num_tokens,
+            "prompt_tokens": self.num_prompt_tokens,
+            "cached_prompt_tokens": self.num_cached_prompt_tokens,
             "unfinished": self.num_unfinished,
             "version": self.version,
             **{f"engine/{name}": value for name, value in counters.items()},

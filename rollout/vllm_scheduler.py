@@ -19,7 +19,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from rollout.vllm_soft import CONFIG_KEY, REQUEST_KEY
+from rollout.vllm_soft import CONFIG_KEY, REQUEST_KEY, refuse_parameters
 
 
 class _PlainView:
@@ -79,6 +79,8 @@ class _VersionedKeys:
             self.policy_version = settings[CONFIG_KEY]["initial_version"]
         params = request.sampling_params
         values = (params.extra_args or {}).get(REQUEST_KEY) if params is not None else None
+        if values is not None and values["soft"]:
+            refuse_parameters(request.request_id, params)
         if request._block_hasher is not None:
             block_size = self.hash_block_size  # type: ignore[attr-defined]
             soft_from = values["prompt_len"] if values is not None and values["soft"] else None

@@ -237,3 +237,23 @@ def refuse_unsupported(vllm_config: Any) -> None:
         problems.append("LoRA adapters (publish merged weights instead)")
     if problems:
         raise SeamError("soft tokens cannot be combined with: " + "; ".join(problems))
+
+
+def refuse_parameters(request_id: str, params: Any) -> None:
+    """Raise `ValueError` if a soft request carries settings that act on logits: the soft draw reads them raw."""
+    neutral = {
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_tokens": 0,
+        "n": 1,
+        "logit_bias": None,
+        "allowed_token_ids": None,
+        "bad_words": None,
+        "structured_outputs": None,
+    }
+    given = [
+        f"{name}={value}" for name, rest in neutral.items() if (value := getattr(params, name)) != rest and value != []
+    ]
+    if given:
+        raise ValueError(f"request {request_id}: {', '.join(given)} cannot be applied while thinking in soft tokens")
