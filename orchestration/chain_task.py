@@ -1,13 +1,15 @@
 """The demo's synthetic task: add n digits modulo M, thinking in running residues.
 
-    question  "3 1 4 0 2 ="          answer  "\\boxed{0}"
-    traces    L4330</think>\\boxed{0}  left to right       (careful: right unless a step slips)
-              R2113</think>\\boxed{3}  right to left       (careful, one step slipped)
-              D</think>\\boxed{2}      guessed at once     (mostly wrong)
+    question  "3 1 4 0 2 ="           answer  "\\boxed{0}"
+    traces    S4330</think>\\boxed{0}   step by step          (right, unless a residue slips)
+              D</think>\\boxed{2}       guessed directly      (mostly wrong)
 
-The traces of the warm start are imperfect on purpose: most guess, so the model samples a right answer in a third of its
-attempts and knows a way that is nearly always right. Reinforcement learning has to find that out. Train and held-out
-questions are disjoint by a hash of the question; everything is a function of the seed.
+The traces of the warm start are imperfect on purpose: most guess, so the model samples a right answer in less than half
+of its attempts and knows a way that is nearly always right. Reinforcement learning has to find that out. Train and
+held-out questions are disjoint by a hash of the question; everything is a function of the seed.
+
+Source: the running-residue task of a plain-torch testbed; a second strategy from right to left made the warm start four
+times as long (the operand's distance changes at every step) and showed nothing more.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-STRATEGIES = ("D", "L", "R")
+STRATEGIES = ("D", "S")
 END_OF_THINKING = "</think>"
 HELD_OUT_SHARE = 10
 """One question in this many is held out."""
@@ -57,7 +59,7 @@ class TraceMixture:
     """How the warm start's traces are made."""
 
     direct_share: float
-    """Traces that guess at once; the rest are careful, half from the left and half from the right."""
+    """Traces that guess at once; the rest go step by step."""
     direct_accuracy: float = 0.1
     """Guesses that are right on purpose; the rest are uniform (and right by chance)."""
     slip_probability: float = 0.02
@@ -101,9 +103,8 @@ def _trace(task: ChainTask, mixture: TraceMixture, digits: tuple[int, ...], rng:
         sure = rng.random() < mixture.direct_accuracy
         result = task.answer(digits) if sure else rng.randrange(task.modulus)
     else:
-        strategy = rng.choice("LR")
-        first, *rest = digits if strategy == "L" else digits[::-1]
-        result = first
+        strategy = "S"
+        result, *rest = digits
         for digit in rest:
             slipped = rng.random() < mixture.slip_probability
             result = rng.randrange(task.modulus) if slipped else (result + digit) % task.modulus
