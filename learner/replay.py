@@ -10,6 +10,7 @@ and mini-batch before anything is cut; every rank runs the same number of passes
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,12 +23,10 @@ from learner.advantage import group_advantage
 from learner.aggregation import sequence_weights
 from learner.packing import ReplayBatch, plan_packs
 from learner.spec import LearnerSpec, ReplayError, ScoredGroup
-from rollout.trajectory import Kind, Trajectory, TrajectoryError, unpack
+from rollout.trajectory import Kind, Trajectory, TrajectoryError
+from rollout.trajectory_check import validate
 
 logger = logging.getLogger(__name__)
-
-WEIGHT_SUM_TOLERANCE = 1e-3
-"""Soft-token weights are a softmax in fp32: rows sum to 1 within rounding, anything else is corruption."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,56 +91,32 @@ def read_groups(groups: Sequence[ScoredGroup], spec: LearnerSpec, vocab_size: in
                 f"for {batch.num_rows} trajectories"
             )
         try:
-            trajectories = unpack(batch)
+            good, bad = validate(batch, vocabulary_size=vocab_size, max_candidates=spec.max_candidates)
         except TrajectoryError as error:
             refusals += [f"group {group.group_id} row {row}: {error}" for row in range(batch.num_rows)]
             continue
-        for trajectory, reward, keep in zip(trajectories, group.rewards, group.keep, strict=True):
-            try:
-                check_trajectory(trajectory, spec, vocab_size)
-                if not np.isfinite(reward):
-                    raise TrajectoryError(f"trajectory {trajectory.request_id}: column reward: {reward}")
-            except TrajectoryError as error:
-                refusals.append(str(error))
-                continue
-            if keep:
-                samples.append(Sample(trajectory, index, reward, 0.0, _scored(trajectory, spec)))
+        refusals += [str(problem) for problem in bad]
+        rows = {request_id: row for row, request_id in enumerate(batch.column("request_id").to_pylist())}
+        for trajectory in good:
+            row = rows[trajectory.request_id]
+            problem = _unusable(trajectory, group.rewards[row], spec)
+            if problem:
+                refusals.append(f"trajectory {trajectory.request_id}: {problem}")
+            elif group.keep[row]:
+                samples.append(Sample(trajectory, index, group.rewards[row], 0.0, _scored(trajectory, spec)))
     return samples, refusals
 
 
-def check_trajectory(trajectory: Trajectory, spec: LearnerSpec, vocab_size: int) -> None:
-    """Raises `TrajectoryError`, naming trajectory and column, for anything that could not be replayed exactly."""
-
-    def require(good: bool | np.bool_, column: str, problem: str) -> None:
-        if not good:
-            raise TrajectoryError(f"trajectory {trajectory.request_id}: column {column}: {problem}")
-
-    t = trajectory
-    length = len(t.response_ids)
-    require(len(t.prompt_ids) > 0, "prompt_ids", "empty")
-    require(length > 0, "response_ids", "empty")
-    require(length <= spec.max_new_tokens, "response_ids", f"{length} tokens, at most {spec.max_new_tokens} expected")
-    require(len(t.kinds) == length, "kind_runs", f"{len(t.kinds)} positions for {length} tokens")
-    require(len(t.versions) == length, "version_runs", f"{len(t.versions)} positions for {length} tokens")
-    require(len(t.log_density) == length, "log_density", f"{len(t.log_density)} values for {length} tokens")
-    require(np.isin(t.kinds, list(Kind)).all(), "kind_runs", "a kind that this schema does not have")
-    soft, width = int((t.kinds == Kind.SOFT).sum()), t.candidate_ids.shape[-1]
-    require(width <= spec.max_candidates, "candidate_ids", f"{width} candidates, {spec.max_candidates} configured")
-    for column in ("candidate_ids", "candidate_logprobs", "noise", "weights", "censor_threshold"):
-        found = len(getattr(t, column))
-        require(found == soft, column, f"{found} rows for {soft} soft positions")
-    for column in ("prompt_ids", "response_ids", "candidate_ids"):
-        ids = getattr(t, column)
-        inside = not ids.size or (ids.min() >= 0 and ids.max() < vocab_size)
-        require(inside, column, f"an id outside the vocabulary of {vocab_size}")
-    require(np.isfinite(t.log_density).all(), "log_density", "not finite")
-    require(not np.isnan(t.candidate_logprobs).any(), "candidate_logprobs", "NaN")
-    require((t.candidate_logprobs < np.inf).all(), "candidate_logprobs", "+inf")
-    require(np.isfinite(t.candidate_logprobs).any(-1).all(), "candidate_logprobs", "a position without candidates")
-    require(np.isfinite(t.noise).all(), "noise", "not finite")
-    require(np.isfinite(t.weights).all() and (t.weights >= 0).all(), "weights", "negative or not finite")
-    sums = t.weights.sum(-1)
-    require((np.abs(sums - 1) <= WEIGHT_SUM_TOLERANCE).all(), "weights", "a mixture that does not sum to 1")
+def _unusable(trajectory: Trajectory, reward: float, spec: LearnerSpec) -> str | None:
+    """What a sound trajectory lacks to be trained on, or None."""
+    length = len(trajectory.response_ids)
+    if not len(trajectory.prompt_ids):
+        return "column prompt_ids: empty"
+    if not 0 < length <= spec.max_new_tokens:
+        return f"column response_ids: {length} tokens, 1 to {spec.max_new_tokens} expected"
+    if not math.isfinite(reward):
+        return f"reward {reward}"
+    return None
 
 
 def rank_batches(samples: Sequence[Sample], spec: LearnerSpec, rank: int) -> list[ReplayBatch]:
@@ -203,21 +178,18 @@ def _rows_of(sample: Sample, start: int, index: int, spec: LearnerSpec) -> dict[
 
 
 def _candidates(t: Trajectory, spec: LearnerSpec) -> dict[str, np.ndarray]:
-    """The [S, K] columns padded to the configured K: an absent candidate has id 0, weight 0 and log-prob -inf."""
-    missing = ((0, 0), (0, spec.max_candidates - t.candidate_ids.shape[-1]))
-    logprobs = np.pad(t.candidate_logprobs.astype(np.float32), missing, constant_values=-np.inf)
-    noise = np.pad(t.noise.astype(np.float32), missing)
-    present = logprobs > -np.inf
+    """The [S, K] columns, with what was perturbed and which candidates were retained."""
+    present = t.candidate_logprobs > -np.inf
     raw = spec.noise in ("gaussian", "dirichlet")
-    perturbed = noise if raw else logprobs + np.float32(spec.noise_scale) * noise
+    perturbed = t.noise if raw else t.candidate_logprobs + np.float32(spec.noise_scale) * t.noise
     # In the faithful mode filtered candidates stay in the mixture at log(epsilon).
     floor = np.log(spec.log_epsilon) + 1e-3 if spec.log_epsilon > 0 else -np.inf
     return {
-        "candidate_ids": np.pad(t.candidate_ids.astype(np.int64), missing),
-        "candidate_logprobs": logprobs,
-        "weights": np.pad(t.weights.astype(np.float32), missing),
-        "perturbed": np.where(present, perturbed, -np.inf).astype(np.float32),
-        "retained": logprobs > floor,
+        "candidate_ids": t.candidate_ids.astype(np.int64),
+        "candidate_logprobs": t.candidate_logprobs,
+        "weights": t.weights,
+        "perturbed": np.where(present, perturbed, np.float32(-np.inf)),
+        "retained": t.candidate_logprobs > floor,
     }
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from learner.replay import check_trajectory, pack_samples, plan_step, rank_batches, read_groups
+from learner.replay import pack_samples, plan_step, rank_batches, read_groups
 from learner.spec import ReplayError, ScoredGroup
-from rollout.trajectory import Kind, Trajectory, TrajectoryError, pack
+from rollout.trajectory import Kind, pack, unpack
 from tests.learner.handmade import learner_spec, make_group, make_trajectory
 
 SPEC = learner_spec(Path("unused"))
@@ -76,57 +76,36 @@ def test_temperatures_follow_the_kind_and_forced_positions_are_left_out() -> Non
     assert pack_samples(samples, control).kinds.tolist() == [Kind.ENDED] + [Kind.DISCRETE] * 3
 
 
-def test_fewer_candidates_than_configured_are_padded_more_are_refused() -> None:
-    narrow = make_group(1, candidates=3)
-    samples, _ = read_groups([narrow], SPEC, V)
-    batch = pack_samples(samples, SPEC)
-    assert batch.candidate_ids.shape[1] == 5
-    assert not batch.retained[:, 3:].any()
-    assert torch.equal(batch.mixture_weights[:, 3:], torch.zeros(len(batch.mixture_rows), 2))
+def test_bad_rows_are_named_and_the_rest_kept() -> None:
+    group = make_group(0, size=5)
+    rows = unpack(group.batch)  # type: ignore[arg-type]
+    noise, ids = rows[1].noise.copy(), rows[2].candidate_ids.copy()
+    noise[0, 0], ids[0, 1] = np.nan, V
+    rows[1] = dataclasses.replace(rows[1], noise=noise)
+    rows[2] = dataclasses.replace(rows[2], candidate_ids=ids)
+    rows[3] = dataclasses.replace(rows[3], prompt_ids=rows[3].prompt_ids[:0])
+    bad = dataclasses.replace(group, batch=pack(rows), rewards=(1.0, 0.0, 1.0, 0.0, float("nan")))
+    samples, refusals = read_groups([bad, make_group(1)], SPEC, V)
+    assert samples[0].trajectory.request_id == "prompt0@0/0"
+    assert [sample.reward for sample in samples] == [1.0, 1.0, 0.0, 1.0, 0.0]
+    found = "\n".join(refusals)
+    assert len(refusals) == 4
+    for expected in ("0/1: column noise", "0/2: column candidate_ids", "0/3: column prompt_ids", "0/4: reward nan"):
+        assert expected in found
+    _, refusals = read_groups([group], dataclasses.replace(SPEC, max_new_tokens=4), V)
+    assert len(refusals) == 5 and "1 to 4 expected" in refusals[0]
     _, refusals = read_groups([make_group(1, candidates=6)], SPEC, V)
-    assert len(refusals) == 4 and "column candidate_ids: 6 candidates, 5 configured" in refusals[0]
+    assert len(refusals) == 4 and "column candidate_ids: 6 candidates" in refusals[0]
 
 
-def corrupt(t: Trajectory, column: str) -> Trajectory:
-    def changed(array: np.ndarray, value: float) -> np.ndarray:
-        copy = array.copy()
-        copy.reshape(-1)[0] = value
-        return copy
-
-    return {
-        "noise": lambda: dataclasses.replace(t, noise=changed(t.noise, np.inf)),
-        "candidate_logprobs": lambda: dataclasses.replace(t, candidate_logprobs=changed(t.candidate_logprobs, np.nan)),
-        "weights": lambda: dataclasses.replace(t, weights=changed(t.weights, 0.2) * 2),
-        "log_density": lambda: dataclasses.replace(t, log_density=changed(t.log_density, np.nan)),
-        "prompt_ids": lambda: dataclasses.replace(t, prompt_ids=changed(t.prompt_ids, V)),
-        "response_ids": lambda: dataclasses.replace(t, response_ids=changed(t.response_ids, -1)),
-        "candidate_ids": lambda: dataclasses.replace(t, candidate_ids=changed(t.candidate_ids, V)),
-        "kind_runs": lambda: dataclasses.replace(t, kinds=t.kinds[:-1]),
-        "version_runs": lambda: dataclasses.replace(t, versions=t.versions[:-1]),
-        "censor_threshold": lambda: dataclasses.replace(t, censor_threshold=t.censor_threshold[:-1]),
-    }[column]()
-
-
-@pytest.mark.parametrize(
-    "column",
-    [
-        "noise",
-        "candidate_logprobs",
-        "weights",
-        "log_density",
-        "prompt_ids",
-        "response_ids",
-        "candidate_ids",
-        "kind_runs",
-        "version_runs",
-        "censor_threshold",
-    ],
-)
-def test_a_corrupt_column_is_named(column: str) -> None:
-    t = make_trajectory(np.random.default_rng(0), "g/3", [10])
-    check_trajectory(t, SPEC, V)
-    with pytest.raises(TrajectoryError, match=f"trajectory g/3: column {column}: "):
-        check_trajectory(corrupt(t, column), SPEC, V)
+def test_the_faithful_mode_keeps_filtered_candidates_in_the_mixture() -> None:
+    t = make_trajectory(np.random.default_rng(0), "g/0", [10], thinking=2)
+    logprobs = np.where(np.isfinite(t.candidate_logprobs), t.candidate_logprobs, np.log(1e-6)).astype(np.float32)
+    group = ScoredGroup("g", pack([dataclasses.replace(t, candidate_logprobs=logprobs)]), (0.0,), (True,))
+    spec = dataclasses.replace(SPEC, log_epsilon=1e-6, likelihood="reference")
+    batch = pack_samples(read_groups([group], spec, V)[0], spec)
+    assert torch.equal(batch.retained, torch.from_numpy(np.isfinite(t.candidate_logprobs)))
+    assert torch.isfinite(batch.perturbed).all()
 
 
 def test_a_batch_of_another_schema_version_is_refused_and_the_rest_kept() -> None:
