@@ -15,6 +15,7 @@ LEARNER_MAY_IMPORT = (
     "rollout.soft_token",
     "rollout.weights",
     "rollout.transport",
+    "rollout.nccl_transfer",
 )
 
 
