@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.chaos.faults import balanced, hit, wait_for_replacement
@@ -49,12 +49,11 @@ def test_driver_killed_and_resumed(inputs: Path, tmp_path: Path) -> None:
     config = recipe(inputs, tmp_path / "run", steps=steps, checkpoint__every_steps=5)
     run = Run(config)
     run.wait_for_step(12)
-    descendants = run.descendants()
+    workers = [p for title in ("RolloutActor", "VerifierActor", "LearnerRank") for p in run.actors(f"ray::{title}")]
+    workers += [child for worker in workers for child in worker.children(recursive=True)]
     run.kill()
-    deadline = time.monotonic() + 30
-    while any(process.is_running() for process in descendants) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not [process for process in descendants if process.is_running()], "Ray processes outlive the driver"
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert len(workers) > 3 and not alive, f"outlive the driver: {alive}"
     seen = [line["step"] for line in run.metrics()]
 
     resumed = Run(config, "--resume")
