@@ -1,7 +1,7 @@
 """Inside one child: answer requests one by one until told otherwise, or killed.
 
-A request is a JSON object with a `task`; a reply has `verdict`, `detail`, `reward` (None: 1 if correct, else 0) and
-`retire` (this process should not be used again).
+A request is a JSON object with a `task`; a reply has `verdict`, `detail`, `seconds`, `reward` (None: 1 if correct,
+else 0) and `retire` (this process should not be used again).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +64,9 @@ def serve(
     while data := connection.recv(1 << 16):
         for request in frames.feed(data):
             confinement.limit_cpu(limits)
+            began = time.monotonic()
             reply = _answer(request, user_rule)
+            reply["seconds"] = time.monotonic() - began
             used = confinement.peak_address_space_bytes() - (ceiling - limits.memory_bytes())
             if used > _SUSPICIOUS_SHARE * limits.memory_bytes():
                 reply["retire"] = True

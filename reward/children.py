@@ -22,8 +22,8 @@ START_TIMEOUT_S = 120.0
 CONTROL_TIMEOUT_S = 30.0
 PATIENCE_S = 0.25
 """A child busy for longer gets a substitute if others wait: a few bombs must not stop a pool of two."""
-_HONEST_CPU_S = 0.5
-"""Five times what the slowest honest comparison of MATH-500 takes."""
+_HONEST_CPU_S = 0.25
+"""Three times what the slowest honest comparison of MATH-500 takes."""
 _SLOW_NICENESS = 10
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _BOOTSTRAP = (
@@ -116,7 +116,7 @@ class ForkServer:
 
 @dataclass(eq=False)
 class Child:
-    """A grader process: at most one request in flight."""
+    """A grader process: answers requests in the order in which they were sent."""
 
     pid: int
     connection: socket.socket
@@ -134,12 +134,15 @@ class Child:
     _frames: FrameReader = field(default_factory=FrameReader)
     _unsent: deque[memoryview] = field(default_factory=deque)
 
-    def ask(self, request: Message) -> None:
-        """Begin a request; call `flush` while `has_unsent`."""
+    def begin(self) -> None:
+        """Note that it works on the first request of its line from now on."""
         self.started = time.monotonic()
         self.next_look = self.started + PATIENCE_S
         self.slow = False
         self.cpu_before_s = self._cpu_s()
+
+    def send(self, request: Message) -> None:
+        """Put a request into its line; call `flush` while `has_unsent`."""
         self._unsent.append(memoryview(encode(request)))
         self.flush()
 
@@ -164,18 +167,17 @@ class Child:
             else:
                 self._unsent.popleft()
 
-    def receive(self) -> Message | None:
-        """A complete reply, or None if it is not there yet. Raises EOFError when the child is gone."""
+    def receive(self) -> list[Message]:
+        """Replies that are complete now. Raises EOFError when the child is gone."""
         try:
             data = self.connection.recv(1 << 16)
         except BlockingIOError:
-            return None
+            return []
         except ConnectionError as error:
             raise EOFError from error
         if not data:
             raise EOFError
-        replies = self._frames.feed(data)
-        return replies[0] if replies else None
+        return self._frames.feed(data)
 
     def look(self) -> None:
         """Called past `next_look` while others wait: the child is slow now; if it burns CPU, its priority goes down.

@@ -3,7 +3,7 @@ r"""Mathematical answers: extraction, caps, exact string, then math-verify.
 math-verify's own time limit is a SIGALRM that a C-level big-integer power ignores and that raises off the main
 thread, so it is switched off: whoever calls `compare` owns the deadline (`reward.sandbox` kills the process).
 
-    response --extract_answer--> caps --> same string? --> compare: parse both, verify
+    response --extract_answer--> same string? --> both integers? --> caps --> compare: parse both, verify
 
 Several boxes in one response are not read together (math-verify would make {4, 5} of a 4 corrected to a 5): the last
 one is the answer.
@@ -12,10 +12,13 @@ one is the answer.
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 from reward.extraction import Answer, Extracted, extract_answer, last_boxed, refuse_oversized
 from reward.verdict import Verdict
+
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 def grade(answer: str, gold: str) -> Verdict:
@@ -31,8 +34,11 @@ def settle(extracted: Extracted | None, gold: str) -> tuple[Verdict | None, str]
     """The verdict where no mathematics is needed (None otherwise), and why; linear time, safe in any process."""
     if extracted is None:
         return Verdict.UNPARSEABLE, "no boxed or final answer"
-    if _squeeze(extracted.text) == _squeeze(gold_text(gold)):
+    given, wanted = _squeeze(extracted.text), _squeeze(gold_text(gold))
+    if given == wanted:
         return Verdict.CORRECT, ""
+    if _INTEGER.fullmatch(given) and _INTEGER.fullmatch(wanted):
+        return Verdict.CORRECT if int(given) == int(wanted) else Verdict.INCORRECT, ""
     refusal = refuse_oversized(extracted.text)
     return (Verdict.UNPARSEABLE, refusal) if refusal else (None, "")
 

@@ -1,13 +1,14 @@
 """A pool of warm, killable grader processes; the wall-clock deadline belongs to the parent.
 
-    submit(job) -> Future          one dispatcher thread, one request in flight per child
+    submit(job) -> Future          one dispatcher thread, a short line of jobs per child
        queue --> idle child --frame--> reply --> Future
                       |-- deadline passed: Future = timeout, SIGKILL to the process group, a new fork (milliseconds)
                       |-- died:            Future = crash (signal or exit status), a new fork
                       `-- slow while others wait: a substitute beside it, and lower priority if it burns CPU
 
-Invariants: every job's future is resolved exactly once, at most `deadline_s` (plus scheduling) after the job reached a
-child; a child serves at most `recycle_after` jobs; confined jobs (model-written programs) never share a process.
+Invariants: every job's future is resolved exactly once, at most `deadline_s` (plus scheduling) after a child began it;
+a job behind one that hangs or dies goes to another child; a child serves at most `recycle_after` jobs; confined jobs
+(model-written programs) never share a process.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from reward.wire import Message, WireError
 
 logger = logging.getLogger(__name__)
 
+LINE_LENGTH = 4
+"""Jobs handed to one child at a time, so that it does not idle while a busy machine schedules the dispatcher."""
 MAX_SLOW = 6
 """Slow children with substitutes, per pool; each may use the whole memory limit."""
 MAX_SERVER_DEATHS = 5
@@ -57,10 +60,13 @@ class Outcome:
 
     verdict: Verdict
     seconds: float
-    """From the hand-over to a child until the verdict."""
+    """From the moment a child began until the verdict."""
     detail: str = ""
     reward: float | None = None
     """Given by a user's rule; otherwise the verdict decides."""
+
+
+_Waiting = tuple[Job, "Future[Outcome]"]
 
 
 class Sandbox:
@@ -103,13 +109,14 @@ class _Dispatcher(threading.Thread):
         os.set_blocking(self._wake_writer, False)
         self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
         self._lock = threading.Lock()
-        self._queue: deque[tuple[Job, Future[Outcome]]] = deque()
+        self._queue: deque[_Waiting] = deque()
         self._closing = False
         self._broken: str | None = None
         self._idle: list[Child] = []
-        self._busy: dict[Child, Future[Outcome]] = {}
+        self._busy: dict[Child, deque[_Waiting]] = {}
+        """The first is being graded, the others wait in the child's socket."""
         self._counts = dict.fromkeys(
-            ("jobs", "children_started", "children_killed", "children_died", "server_deaths"), 0
+            ("jobs", "jobs_moved", "children_started", "children_killed", "children_died", "server_deaths"), 0
         )
 
     @property
@@ -168,24 +175,28 @@ class _Dispatcher(threading.Thread):
 
     def _hand_out(self) -> None:
         """Give queued jobs to children while there is room."""
-        while self._queue and self._has_room():
-            job, future = self._queue[0]
-            child = self._child_for(job)
-            self._queue.popleft()
-            self._busy[child] = future
-            self._counts["jobs"] += 1
-            child.ask(job.payload)
+        while self._queue and (child := self._child_for(self._queue[0][0])):
+            job, future = self._queue.popleft()
+            if child in self._busy:
+                self._busy[child].append((job, future))
+            else:
+                self._busy[child] = deque([(job, future)])
+                child.begin()
+            child.send(job.payload)
             self._watch(child)
         while not self._queue and len(self._idle) > self._processes:
             self._discard(self._idle.pop())
 
-    def _has_room(self) -> bool:
+    def _child_for(self, job: Job) -> Child | None:
+        """An idle child, a new one, or one whose line is short: then it need not wait for this thread in between."""
         slow = sum(child.slow for child in self._busy)
-        return len(self._busy) - min(slow, MAX_SLOW) < self._processes
+        if len(self._busy) - min(slow, MAX_SLOW) < self._processes:
+            return self._idle.pop() if self._idle and not job.confined else self._spawn(job)
+        lines = [line for line in self._busy.items() if len(line[1]) < LINE_LENGTH]
+        open_lines = [(len(line), child) for child, line in lines if not (child.slow or child.confined or job.confined)]
+        return min(open_lines, key=lambda found: found[0])[1] if open_lines else None
 
-    def _child_for(self, job: Job) -> Child:
-        if self._idle and not job.confined:
-            return self._idle.pop()
+    def _spawn(self, job: Job) -> Child:
         child = self._server.spawn(confined=job.confined)
         self._counts["children_started"] += 1
         self._selector.register(child.connection, selectors.EVENT_READ, child)
@@ -199,13 +210,12 @@ class _Dispatcher(threading.Thread):
         """Seconds until a deadline, or until a busy child becomes slow; None if nothing is due."""
         now = time.monotonic()
         due = [child.started + self._limits.deadline_s for child in self._busy]
-        if self._queue:
-            due += [child.next_look for child in self._busy]
+        due += [child.next_look for child in self._busy if self._others_wait(child)]
         return max(0.0, min(due) - now) if due else None
 
     def _read(self, child: Child) -> None:
         try:
-            reply = child.receive()
+            replies = child.receive()
         except EOFError:
             self._bury(child)
             return
@@ -213,14 +223,17 @@ class _Dispatcher(threading.Thread):
             self._finish(child, Verdict.CRASH, f"the child answered nonsense: {error}")
             self._discard(child)
             return
-        if reply is None or child not in self._busy:
-            return
-        child.num_answers += 1
-        self._finish(child, *_read_reply(reply))
-        if child.confined or child.demoted or reply.get("retire") or child.num_answers >= self._recycle_after:
-            self._discard(child)
-        else:
-            self._idle.append(child)
+        for reply in replies:
+            if child not in self._busy:
+                return  # an answer to nothing, or to a job that was given to another child
+            child.num_answers += 1
+            self._finish(child, *_read_reply(reply))
+            worn_out = child.num_answers >= self._recycle_after
+            if child.confined or child.slow or worn_out or reply.get("retire"):
+                self._discard(child)
+                return
+            if child not in self._busy:
+                self._idle.append(child)
 
     def _enforce_deadlines(self) -> None:
         now = time.monotonic()
@@ -229,12 +242,39 @@ class _Dispatcher(threading.Thread):
             if busy_s >= self._limits.deadline_s:
                 self._finish(child, Verdict.TIMEOUT, f"no verdict within {self._limits.deadline_s:g} s; killed")
                 self._discard(child)
-            elif self._queue and now >= child.next_look:
+            elif now >= child.next_look and self._others_wait(child):
                 child.look()
+                self._move_line(child)
 
-    def _finish(self, child: Child, verdict: Verdict, detail: str = "", reward: float | None = None) -> None:
-        future = self._busy.pop(child)
-        future.set_result(Outcome(verdict, time.monotonic() - child.started, detail, reward))
+    def _others_wait(self, child: Child) -> bool:
+        return bool(self._queue) or len(self._busy[child]) > 1
+
+    def _finish(
+        self,
+        child: Child,
+        verdict: Verdict,
+        detail: str = "",
+        reward: float | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Resolve the job at the head of a child's line."""
+        line = self._busy[child]
+        _, future = line.popleft()
+        spent_s = time.monotonic() - child.started if seconds is None else seconds
+        if line:
+            child.begin()
+        else:
+            del self._busy[child]
+        self._counts["jobs"] += 1
+        future.set_result(Outcome(verdict, spent_s, detail, reward))
+
+    def _move_line(self, child: Child) -> None:
+        """Put the jobs behind the head of a child's line back at the head of the queue."""
+        line = self._busy.get(child, deque())
+        self._counts["jobs_moved"] += max(0, len(line) - 1)
+        with self._lock:
+            while len(line) > 1:
+                self._queue.appendleft(line.pop())
 
     def _bury(self, child: Child) -> None:
         """A child that closed its connection: tell why, if somebody waited."""
@@ -244,13 +284,22 @@ class _Dispatcher(threading.Thread):
         if child in self._busy:
             verdict = Verdict.TIMEOUT if ending == "SIGXCPU" else Verdict.CRASH
             self._finish(child, verdict, f"the grader process ended with {ending}")
+            self._give_back(child)
         else:
             self._idle.remove(child)
 
     def _discard(self, child: Child) -> None:
+        """Kill a child whose current job is resolved; those behind it go back to the queue."""
+        self._give_back(child)
         self._selector.unregister(child.connection)
         self._counts["children_killed"] += 1
         self._server.kill(child)
+
+    def _give_back(self, child: Child) -> None:
+        line = self._busy.pop(child, deque())
+        self._counts["jobs_moved"] += len(line)
+        with self._lock:
+            self._queue.extendleft(reversed(line))
 
     def _restart_server(self, error: ServerDiedError) -> None:
         """All children went with the server: their jobs crashed; the queue goes on with a new one."""
@@ -262,6 +311,7 @@ class _Dispatcher(threading.Thread):
                 child.connection.close()
         for child in list(self._busy):
             self._finish(child, Verdict.CRASH, f"the fork server died: {error}")
+            self._give_back(child)
         self._idle.clear()
         self._server.close()
         if self._counts["server_deaths"] >= MAX_SERVER_DEATHS:
@@ -271,7 +321,7 @@ class _Dispatcher(threading.Thread):
     def _shut_down(self) -> None:
         with self._lock:
             self._closing = True
-            waiting = [future for _, future in self._queue] + list(self._busy.values())
+            waiting = [future for line in (self._queue, *self._busy.values()) for _, future in line]
             self._queue.clear()
         self._busy.clear()
         self._server.close()
@@ -281,12 +331,12 @@ class _Dispatcher(threading.Thread):
         os.close(self._wake_reader)
 
 
-def _read_reply(reply: Message) -> tuple[Verdict, str, float | None]:
-    """Check what a child says before believing it."""
+def _read_reply(reply: Message) -> tuple[Verdict, str, float | None, float | None]:
+    """(verdict, detail, reward, seconds) of a reply, checked before it is believed."""
     reward: Any = reply.get("reward")
     detail = str(reply.get("detail", ""))
     try:
         verdict = Verdict(reply.get("verdict"))
-        return verdict, detail, None if reward is None else float(reward)
-    except (TypeError, ValueError) as error:
-        return Verdict.CRASH, f"the child answered nonsense: {error}", None
+        return verdict, detail, None if reward is None else float(reward), float(reply["seconds"])
+    except (KeyError, TypeError, ValueError) as error:
+        return Verdict.CRASH, f"the child answered nonsense: {error!r}", None, None

@@ -55,16 +55,20 @@ def test_a_power_tower_costs_one_deadline_and_one_child(sandbox: Sandbox) -> Non
     assert time.monotonic() - began < 0.5, "a replacement must cost a fork, not an import"
 
 
-def test_bombs_do_not_hold_up_the_others(sandbox: Sandbox) -> None:
-    """Five bombs come first; two children; the others must not wait for a deadline."""
-    poisoned = [sandbox.submit(mathematics(bomb)) for bomb in bombs(5)]
-    began = time.monotonic()
-    others = [sandbox.submit(mathematics(rf"\boxed{{{2 * i}/{i}}}", r"\boxed{2}")) for i in range(1, 40)]
-    assert {other.result(WAIT_S).verdict for other in others} == {Verdict.CORRECT}
-    served_s = time.monotonic() - began
-    assert {bomb.result(WAIT_S).verdict for bomb in poisoned} == {Verdict.TIMEOUT}
-    assert all(bomb.result().seconds < LATE_S for bomb in poisoned)
-    assert served_s < 3 * DEADLINE_S
+def test_bombs_do_not_hold_up_the_others() -> None:
+    """Five bombs come first; two children; the others are served long before a deadline, wherever they queued."""
+    deadline_s = 60.0
+    sandbox = Sandbox(Limits(MEMORY_MB, deadline_s), processes=2)
+    try:
+        poisoned = [sandbox.submit(mathematics(bomb)) for bomb in bombs(5)]
+        others = [sandbox.submit(mathematics(rf"\boxed{{{2 * i}/{i}}}", r"\boxed{2}")) for i in range(1, 40)]
+        began = time.monotonic()
+        assert {other.result(WAIT_S).verdict for other in others} == {Verdict.CORRECT}
+        assert time.monotonic() - began < deadline_s / 3
+        assert not any(bomb.done() for bomb in poisoned)
+        assert sandbox.stats()["jobs_moved"] > 0, "no job was behind a bomb: this test shows nothing"
+    finally:
+        sandbox.close()
 
 
 def test_memory_limit(sandbox: Sandbox) -> None:
