@@ -13,15 +13,16 @@ export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench chaos clean
+.PHONY: help install demo test test-gpu check bench chaos clean
 
 help:
-	@echo "make install  create $(VENV) from $(LOCK)"
-	@echo "make demo     train a tiny model on this machine and show that it learned"
-	@echo "make test     run the tests"
-	@echo "make check    lint, format and type check"
-	@echo "make bench    measure ratios (NAMES='head sampler/k5' and JSON=FILE choose and save)"
-	@echo "make chaos    kill and hang real processes and look what survives"
+	@echo "make install   create $(VENV) from $(LOCK)"
+	@echo "make demo      train a tiny model on this machine and show that it learned"
+	@echo "make test      run the tests"
+	@echo "make test-gpu  run the tests that need a CUDA device (LOCK=requirements/cuda.lock)"
+	@echo "make check     lint, format and type check"
+	@echo "make bench     measure ratios (NAMES='head sampler/k5' and JSON=FILE choose and save)"
+	@echo "make chaos     kill and hang real processes and look what survives"
 
 install: $(INSTALLED)
 
@@ -55,7 +56,10 @@ bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks $(NAMES) $(if $(JSON),--json $(JSON))
 
 chaos: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m chaos $(ARGS)
+	$(BIN)/python -m pytest -q tests/chaos $(ARGS)
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache softgrpo.egg-info
