@@ -40,6 +40,7 @@ class Command:
 COMMANDS = (
     Command("train", "train a model from a recipe", "orchestration.cli:train"),
     Command("validate", "check a recipe, its data and its model; start nothing", "orchestration.cli:validate"),
+    Command("demo", "train a small model on this machine until it visibly learns", "orchestration.demo:main"),
     Command("grade", "grade existing responses through the same verifier as training", "orchestration.grade:main"),
     Command("submit", "run a recipe as a Ray job", "orchestration.submit:main"),
     Command("doctor", "say what would stop a run on this machine, and the fix", "orchestration.doctor:main"),
@@ -80,6 +81,9 @@ def train(arguments: Sequence[str]) -> int:
     from orchestration.config import load_config
 
     config = load_config(namespace.config, namespace.overrides)
+    from orchestration.demo_assets import ensure_assets_of
+
+    ensure_assets_of(config)
     from orchestration.train import run_training
 
     resume = namespace.resume or (namespace.auto_resume and config.run_dir.is_dir())
