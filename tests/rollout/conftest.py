@@ -62,15 +62,17 @@ def parity_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start_engine(parity_model_dir: Path) -> EngineFactory:
-    """`with start_engine(**spec_changes) as engine`; several may live in this process, one after the other."""
+    """`with start_engine(**spec_changes) as engine`; several may live in this process.
+
+    They are never shut down: that (and their collection as garbage) would end the distributed state of the process,
+    which all of them share.
+    """
+    alive: list[SoftEngine] = []
 
     @contextmanager
     def start(model: Path = parity_model_dir, **changes: Any) -> Iterator[SoftEngine]:
-        engine = SoftEngine(base_spec(model, **changes))
-        try:
-            yield engine
-        finally:
-            engine.shutdown()
+        alive.append(SoftEngine(base_spec(model, **changes)))
+        yield alive[-1]
 
     return start
 
