@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from learner.spec import LearnerError, LearnerSpec, ScoredGroup
+from rollout.transport import Link, Sender, make_sender
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from learner.trainer import Trainer
-    from rollout.weights import WeightManifest
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class LearnerRank:
         self.spec = spec
         self.rank = rank
         self._trainer: Trainer | None = None
+        self._sender: Sender = make_sender(spec.transport, max_shard_bytes=spec.shard_bytes)
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port of this rank's node, for the process group of one generation."""
@@ -67,22 +68,15 @@ class LearnerRank:
         resolved = [replace(group, batch=batch) for group, batch in zip(groups, batches, strict=True)]
         return self.trainer.train(resolved, step)
 
-    def publish(self, version: int) -> Iterator[np.ndarray | WeightManifest]:
-        """Yield the weights of `version` as flat shards, the manifest last; collective, only rank 0 yields."""
-        from rollout.weights import iterate_shards, make_manifest
-
+    def publish(self, version: int) -> Iterator[np.ndarray | Link]:
+        """Yield the parts of the current weights, labelled `version`, the link last; collective, only rank 0 yields."""
         weights = self.trainer.weights()
         if self.rank != 0:
             for _ in weights:
                 pass
             return
-        packed = []
-        # One buffer is enough: Ray has put a shard into the object store before it asks for the next one.
-        buffer = np.empty(self.spec.shard_bytes, np.uint8)
-        for shard in iterate_shards(weights, max_shard_bytes=self.spec.shard_bytes, buffers=[buffer]):
-            yield shard.data
-            packed.append(shard)
-        yield make_manifest(version, packed)
+        # A part is valid until the next one is asked for; by then Ray has put it into the object store.
+        yield from self._sender.send(version, weights)
 
     def save(self, directory: str) -> None:
         """Write this rank's part of the resumable state into `directory`; collective."""

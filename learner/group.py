@@ -19,6 +19,7 @@ from typing import Any
 
 from learner.actor import LearnerRank
 from learner.spec import LearnerError, LearnerSpec, PublishedWeights, ReplayError, ScoredGroup
+from rollout.transport import WeightChain
 
 __all__ = ["LearnerError", "LearnerGroup", "LearnerSpec", "PublishedWeights", "ReplayError", "ScoredGroup"]
 
@@ -35,6 +36,7 @@ class LearnerGroup:
         self.spec = spec
         self._rank_options = rank_options
         self._ranks: list[Any] = []
+        self._chain: WeightChain[Any] = WeightChain()
         self.generation = 0
 
     @property
@@ -77,9 +79,10 @@ class LearnerGroup:
         drained = [rank.publish.options(num_returns="streaming").remote(version) for rank in others]
         tasks = [self._receive(streamed), *(self._receive(stream) for stream in drained)]
         received = await self._settle("publish", [asyncio.ensure_future(task) for task in tasks], deadline)
-        refs = received[0]
-        manifest = await _result(refs[-1])
-        return PublishedWeights(manifest=manifest, shards=tuple(refs[:-1]))
+        *parts, last = received[0]
+        link = await _result(last)
+        self._chain.add(link, parts)
+        return PublishedWeights(link.manifest, tuple(self._chain.references), tuple(self._chain.links))
 
     async def save(self, directory: Path) -> None:
         """Write the resumable state into an existing directory; it is synced to disk when this returns."""

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from ray import ObjectRef
 
+    from rollout.transport import Link
+
 
 class LearnerError(RuntimeError):
     """The learner group cannot go on; the message names the rank and the phase."""
@@ -85,6 +87,7 @@ class LearnerSpec:
     censor_delta: float | None = None
     max_candidates: int = 5
 
+    transport: Literal["object_store", "delta"] = "object_store"
     shard_bytes: int = MAX_SHARD_BYTES
     collective_timeout_s: float = 600.0
     startup_timeout_s: float = 600.0
@@ -116,3 +119,6 @@ class PublishedWeights:
 
     manifest: WeightManifest
     shards: tuple[ObjectRef, ...]
+    """The parts of `links`, one after another: with `object_store` the shards of the manifest."""
+    links: tuple[Link, ...] = ()
+    """For receivers of `rollout.transport`: the newest anchor and what came after it."""

@@ -18,6 +18,7 @@ import torch
 
 from learner.group import LearnerError, LearnerGroup, LearnerSpec, ReplayError
 from learner.trainer import Trainer
+from rollout.transport import make_receiver
 from rollout.weights import iterate_weights
 from tests.conftest import ROOT
 from tests.learner.handmade import learner_spec, make_group
@@ -35,17 +36,20 @@ def in_store(groups: list[Any]) -> list[Any]:
 async def published_weights(group: LearnerGroup, version: int) -> dict[str, torch.Tensor]:
     published = await group.publish(version)
     assert published.manifest.version == version
-    shards = ray.get(list(published.shards), timeout=30)
+    receiver = make_receiver(group.spec.transport)
+    parts = ray.get(list(published.shards), timeout=30)
+    shards = receiver.receive(published.links, lambda first, count: parts[first : first + count])
     return {name: tensor.clone() for name, tensor in iterate_weights(published.manifest, shards)}
 
 
 @pytest.mark.usefixtures("single_rank")
 def test_two_ranks_train_publish_and_fail_by_name(tiny_model_dir: Path, tmp_path: Path) -> None:
     spec = learner_spec(tiny_model_dir, mini_batches=2, kl_coefficient=0.01, micro_batch_tokens=40, shard_bytes=8192)
+    spec = dataclasses.replace(spec, transport="delta")
     groups = [make_group(seed) for seed in range(4)]
     alone = Trainer(spec, rank=0)
     expected = [alone.train(groups, version) for version in range(3)]
-    weights = {name: weight.clone() for name, weight in alone.weights(3)}
+    weights = {name: weight.clone() for name, weight in alone.weights()}
 
     async def scenario() -> None:
         pair = LearnerGroup(dataclasses.replace(spec, world_size=2), RANK_OPTIONS)
@@ -54,6 +58,7 @@ def test_two_ranks_train_publish_and_fail_by_name(tiny_model_dir: Path, tmp_path
         try:
             found = [await pair.train(in_store(groups), version) for version in range(3)]
             check_published(await published_weights(pair, 3), weights)
+            check_published(await published_weights(pair, 4), weights)
             compare(expected, found)
             with pytest.raises(ReplayError, match="none of the 1 groups"):
                 await pair.train(in_store([dataclasses.replace(groups[0], keep=(False,) * 4)]), 3)
