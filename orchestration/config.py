@@ -262,6 +262,8 @@ class TrackingConfig(Section):
     mlflow_uri: str | None = None
     """None: MLFLOW_TRACKING_URI, or sqlite in the run directory's parent."""
     experiment: str = "softgrpo"
+    registered_model: str | None = None
+    """Name under which the exported model is registered in MLflow (by path, not by upload) when the run is done."""
     trajectories_every: Annotated[int, Field(ge=0)] = 10
     """Steps between saved trajectory samples; 0 is off."""
 

@@ -100,6 +100,20 @@ class MlflowSink:
         with _translated_errors():
             self._client.log_artifact(self._run_id, str(path), folder or None)
 
+    def register_model(self, name: str, directory: Path) -> None:
+        """Add a version of a registered model that points at an exported checkpoint; once per directory."""
+        with _translated_errors():
+            source = directory.as_uri()
+            if any(version.source == source for version in self._versions(name)):
+                return
+            self._client.create_model_version(name, source=source, run_id=self._run_id)
+
+    def _versions(self, name: str) -> Sequence[Any]:
+        found = self._client.search_model_versions(f"name = '{name}'")
+        if not found and not self._client.search_registered_models(f"name = '{name}'"):
+            self._client.create_registered_model(name)
+        return list(found)
+
     def finish(self, status: str) -> None:
         """Set the final state (FINISHED, KILLED or FAILED)."""
         with _translated_errors():

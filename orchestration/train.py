@@ -27,6 +27,7 @@ from orchestration.evaluate import TwoPools
 from orchestration.failures import RunError
 from orchestration.logs import also_to, set_policy_version
 from orchestration.metrics_export import MetricsExporter
+from orchestration.mirror import FinalStatus
 from orchestration.model_facts import read_model_facts
 from orchestration.plan import make_plan
 from orchestration.pools import RolloutPool, VerifierPool
@@ -35,7 +36,7 @@ from orchestration.prompt_tokenizer import PromptTokenizer
 from orchestration.run_evaluation import RunEvaluation
 from orchestration.run_state import RunDirectory, load_state
 from orchestration.step_metrics import StepMetrics
-from orchestration.tracking import FinalStatus, Tracker
+from orchestration.tracking import Tracker
 from orchestration.trajectory_sample import save_sample
 from orchestration.validate import Resolved, validate
 from orchestration.watchdog import Watchdog
@@ -155,7 +156,9 @@ class TrainingRun:
         if not self.stopping:
             await self.rollout.synchronised()
             await self.evaluation.finish(self.controller.step)
-            await self.learner.export(self._fresh_directory("model"))
+            exported = self._fresh_directory("model")
+            await self.learner.export(exported)
+            self.tracker.register_model(exported)
 
     async def _start(self) -> None:
         """Bring up the three pools at once; a resumed policy reaches the rollout actors before they serve."""

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestration import mirror as mirror_module
 from orchestration import tracking
 from orchestration.config import Config, ConfigError, dump_config, parse_config
 from orchestration.metrics_log import MetricsLog, read_metrics
+from orchestration.mirror import Mirror, MirrorState
 from orchestration.mlflow_sink import RunDescription, SinkRejected, SinkUnavailable, flatten, sanitise
-from orchestration.tracking import Mirror, MirrorState, Tracker, send_rest
+from orchestration.tracking import Tracker, send_rest
 from tests.orchestration.fake_mlflow import FakeMlflow
 
 DEADLINE_S = 20.0
@@ -46,8 +48,9 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow  # noqa: F401  (its first import takes longer than these tests are willing to wait)
 
-    for name, value in {"POLL_S": 0.02, "FIRST_PAUSE_S": 0.05, "LONGEST_PAUSE_S": 0.2, "CLOSE_S": 2.0}.items():
-        monkeypatch.setattr(tracking, name, value)
+    for name, value in {"POLL_S": 0.02, "FIRST_PAUSE_S": 0.05, "LONGEST_PAUSE_S": 0.2}.items():
+        monkeypatch.setattr(mirror_module, name, value)
+    monkeypatch.setattr(tracking, "CLOSE_S", 2.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -256,8 +259,11 @@ def test_sqlite_is_the_default_store(tmp_path: Path, impatient: None, monkeypatc
     from mlflow import MlflowClient
 
     monkeypatch.setattr(tracking, "CLOSE_S", 60.0)
-    tracker = Tracker.open(configure(tmp_path / "outputs" / "t"))
+    (tmp_path / "outputs" / "t").mkdir(parents=True)
+    (tmp_path / "outputs" / "t" / "config.yaml").write_text("name: t\n")
+    tracker = Tracker.open(configure(tmp_path / "outputs" / "t", tracking={"registered_model": "tiny"}))
     tracker.log({"reward/mean": 0.5, "kl/mean": float("nan")}, 1)
+    tracker.register_model(tmp_path / "model")
     (tmp_path / "plot.png").write_bytes(b"png")
     tracker.artifact(tmp_path / "plot.png", "plots")
     tracker.close("FINISHED")
@@ -267,7 +273,10 @@ def test_sqlite_is_the_default_store(tmp_path: Path, impatient: None, monkeypatc
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED" and run.info.run_name == "t"
     assert run.data.metrics["reward/mean"] == 0.5 and run.data.metrics["nonfinite/kl/mean"] == 1
-    assert [file.path for file in client.list_artifacts(run.info.run_id, "plots")] == ["plots/plot.png"]
+    files = [file.path for folder in ("config", "plots") for file in client.list_artifacts(run.info.run_id, folder)]
+    assert files == ["config/config.yaml", "plots/plot.png"]
+    (model,) = client.search_model_versions("name = 'tiny'")
+    assert (model.source, model.run_id) == ((tmp_path / "model").as_uri(), run.info.run_id)
     assert (tmp_path / "outputs" / "mlartifacts").is_dir() and not Path("mlruns").exists()
 
 
@@ -301,6 +310,9 @@ class MoodySink:
     def log_artifact(self, path: Path, folder: str) -> None:
         self._feel()
 
+    def register_model(self, name: str, directory: Path) -> None:
+        self._feel()
+
     def finish(self, status: str) -> None:
         self._feel()
         self.status = status
@@ -328,10 +340,10 @@ def test_whatever_fails_every_line_arrives_in_order(
     sink = MoodySink(moods)
     run = RunDescription("t", "e", "key", None, {}, {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracking, "POLL_S", 0.001)
-        patch.setattr(tracking, "FIRST_PAUSE_S", 0.001)
-        patch.setattr(tracking, "LONGEST_PAUSE_S", 0.001)
-        patch.setattr(tracking, "LINES_PER_BATCH", lines)
+        patch.setattr(mirror_module, "POLL_S", 0.001)
+        patch.setattr(mirror_module, "FIRST_PAUSE_S", 0.001)
+        patch.setattr(mirror_module, "LONGEST_PAUSE_S", 0.001)
+        patch.setattr(mirror_module, "LINES_PER_BATCH", lines)
         for first, last in ((1, stop), (stop, 30)):
             mirror = Mirror(sink, run, MirrorState.load(directory / "tracking.json"), directory)
             mirror.start()
