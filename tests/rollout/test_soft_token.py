@@ -367,3 +367,16 @@ def test_parts_of_a_sharded_vocabulary_add_up() -> None:
     table, ids, weights = torch.randn(64, 16), torch.randint(0, 64, (9, 5)), torch.rand(9, 5)
     parts = [partial_mixture(table[low : low + 16], ids, weights, low, low + 16) for low in range(0, 64, 16)]
     assert torch.allclose(sum(parts), mix_embeddings(table, ids, weights), atol=1e-5)
+
+
+def test_one_graph_for_every_batch_size() -> None:
+    """What fuses the sampler on a GPU: no graph break, no new graph per batch size, the same bits."""
+    compiled = torch.compile(sample_soft_tokens, backend="eager", fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for count in (2, 5, 9):
+        logits, scale = torch.randn(count, 40), torch.ones(count)
+        params = SoftTokenParams(temperature=scale, gumbel_temperature=scale / 10, censor_delta=1e-3)
+        found, want = compiled(logits, params, rows(count)), sample_soft_tokens(logits, params, rows(count))
+        for name in ("ids", "perturbed", "weights", "retained", "logprobs", "noise", "threshold"):
+            assert torch.equal(getattr(found, name), getattr(want, name)), name
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
