@@ -93,6 +93,11 @@ class Tracker:
         """The MLflow run, once the server has answered."""
         return self._mirror.run_id if self._mirror else None
 
+    @property
+    def delivered_step(self) -> int:
+        """The newest step that MLflow has."""
+        return self._mirror.delivered_step if self._mirror else 0
+
     def flush(self) -> None:
         """Have all metrics on disk (a checkpoint calls this)."""
         self._log.flush()
