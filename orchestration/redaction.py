@@ -13,7 +13,7 @@ from typing import Any
 
 HIDDEN = "<redacted>"
 SECRET_NAME = re.compile(
-    r"(?:^|[._-])(token|password|passwd|secret|credentials?|(?:api|access|private|secret|auth)_?key)(?:$|[._-])",
+    r"(?:^|[._-])(token|password|passwd|secret|credentials?|(?:api|access|private|secret|auth)[_-]?key)(?:$|[._-])",
     re.IGNORECASE,
 )
 """Whole words: `hf_token` is a secret, `micro_batch_tokens` is not."""

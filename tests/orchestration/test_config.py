@@ -1,0 +1,148 @@
+"""The configuration tree: every mistake names the key, the value and the fix; what is saved is what ran."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestration.config import Config, ConfigError, dump_config, load_config, parse_config
+
+MINIMAL: dict[str, Any] = {"name": "t", "model": {"path": "m"}, "data": {"train": {"path": "d"}}}
+
+
+def configure(**sections: Any) -> Config:
+    return parse_config({**MINIMAL, **sections}, "recipe.yaml")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"algorithm": {"group_sise": 4}}, ["algorithm.group_sise=4", "did you mean group_size?"]),
+        ({"rollout": {"zzz": 1}}, ["rollout.zzz=1", "known keys: num_actors"]),
+        ({"data": {"train": {"path": "d", "colums": {}}}}, ["data.train.colums={}", "did you mean columns?"]),
+        ({"algorithm": {"group_size": 1}}, ["algorithm.group_size=1", "greater than or equal to 2"]),
+        ({"sampling": {"top_p": 1.5}}, ["sampling.top_p=1.5", "less than or equal to 1"]),
+        ({"sampling": {"noise": "gumble"}}, ["sampling.noise='gumble'", "'gumbel'"]),
+        ({"steps": "ten"}, ["steps='ten'", "integer"]),
+        ({"name": "../x"}, ["name='../x'"]),
+        ({"model": {}}, ["model.path: required, but missing"]),
+        ({"algorithm": {"prompts_per_step": 6, "mini_batches": 4}}, ["prompts_per_step=6", "mini_batches=4"]),
+        (
+            {"learner": {"world_size": 9}, "algorithm": {"prompts_per_step": 1, "group_size": 8}},
+            ["world_size=9", "the 8 responses"],
+        ),
+        ({"sampling": {"max_new_tokens": 10, "max_thinking_tokens": 10}}, ["max_thinking_tokens=10", "no room"]),
+        ({"sampling": {"noise": "none"}}, ["noise=none", "likelihood=censored", "set noise: gumbel"]),
+        ({"sampling": {"noise": "gaussian"}}, ["noise=gaussian", "likelihood: gaussian"]),
+        ({"algorithm": {"likelihood": "dirichlet"}}, ["noise=gumbel", "set noise: dirichlet"]),
+        ({"sampling": {"noise_clip": [-1.5, 3]}}, ["noise_clip=[-1.5, 3.0]", "remove noise_clip"]),
+        (
+            {"sampling": {"noise_clip": [3, -1.5]}, "algorithm": {"likelihood": "reference"}},
+            ["noise_clip=[3.0, -1.5]", "low < high"],
+        ),
+        (
+            {"sampling": {"censor_delta": 0.01}, "algorithm": {"likelihood": "concrete"}},
+            ["censor_delta=0.01", "remove censor_delta"],
+        ),
+        ({"sampling": {"temperature": 0}}, ["temperature=0", "positive"]),
+        ({"rollout": {"num_gpus": 0.5, "tensor_parallel_size": 2}}, ["num_gpus=0.5", "set num_gpus to 2"]),
+    ],
+)
+def test_a_mistake_names_key_value_and_fix(sections: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        configure(**sections)
+    message = str(error.value)
+    assert message.startswith("recipe.yaml: ")
+    for word in words:
+        assert word in message
+
+
+def test_several_mistakes_are_told_together() -> None:
+    with pytest.raises(ConfigError) as error:
+        configure(steps=0, seed="x")
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_discrete_thinking_needs_nothing_of_soft_tokens() -> None:
+    config = configure(sampling={"thinking": "discrete", "noise": "none", "temperature": 0})
+    assert config.censor_delta is None
+
+
+def test_censoring_follows_the_likelihood() -> None:
+    assert configure().censor_delta == 1e-3
+    assert configure(sampling={"censor_delta": 0.01}).censor_delta == 0.01
+    assert configure(algorithm={"likelihood": "concrete"}).censor_delta is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        ("a: [", "not YAML"),
+        ("- a list", "found list"),
+        ("", "found NoneType"),
+        ("!!python/object/apply:os.system ['true']", "not YAML"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, content: str | None, words: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=words):
+        load_config(path)
+
+
+def test_overrides_are_yaml_and_reach_everywhere(recipe: Path) -> None:
+    config = load_config(
+        recipe,
+        ["steps=7", "sampling.noise_clip=null", "data.evaluation=[{path: e}]", "algorithm.kl.coefficient=1.0e-2"],
+    )
+    assert (config.steps, config.data.evaluation[0].path, config.algorithm.kl.coefficient) == (7, "e", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("steps", "write it as section.key=value"),
+        ("=3", "write it as section.key=value"),
+        ("steps=[", "not YAML"),
+        ("name.x=1", "name is a value, not a section"),
+    ],
+)
+def test_bad_overrides(recipe: Path, override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(recipe, [override])
+
+
+def test_what_is_saved_loads_to_the_same(tmp_path: Path) -> None:
+    config = configure(sampling={"noise_clip": [-1.5, 3.0]}, algorithm={"likelihood": "reference"})
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+def test_derived_facts() -> None:
+    config = configure(
+        algorithm={"prompts_per_step": 4, "group_size": 3},
+        pipeline={"max_staleness": 2},
+        sampling={"max_new_tokens": 8},
+    )
+    assert (config.slots, config.responses_per_step, config.thinking_budget) == (12, 12, 8)
+    assert config.max_model_len == config.data.max_prompt_tokens + 8
+    assert config.run_dir == Path("outputs/t")
+    assert configure(output_dir="/x/y").run_dir == Path("/x/y")
+
+
+def test_the_tree_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        configure().steps = 3
