@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, no silent conversion of strings to numbers."""
+    """Base of all sections: frozen, no unknown keys; a number that YAML reads as text (`1e-3`) is a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
 
@@ -81,7 +81,7 @@ class DataConfig(Section):
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 1024
     shuffle: bool = True
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
-    """Rows without prompt or parseable answer that may be skipped (each is listed)."""
+    """Rows without prompt or checkable answer, or over `max_prompt_tokens`, that may be skipped (each is listed)."""
 
 
 class AnswerSampling(Section):
