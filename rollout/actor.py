@@ -17,7 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,25 +41,46 @@ class RequestAborted(RuntimeError):
     """The request was aborted before it finished."""
 
 
+@dataclass(frozen=True)
+class Command:
+    """Something for the engine thread to do between two steps, and who waits for it."""
+
+    run: Callable[[SoftEngine], None]
+    futures: tuple[concurrent.futures.Future[Any], ...] = ()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell everybody who waits that it will not happen."""
+        for future in self.futures:
+            if not future.done():
+                future.set_exception(EngineError(f"the engine has failed: {error}"))
+
+
+def pending_future() -> concurrent.futures.Future[Any]:
+    """A future that its awaiting task cannot cancel: the engine thread will resolve it in any case."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 class EngineThread:
     """Runs an engine; every method but `_run` may be called from any thread."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
-        self._commands: queue.SimpleQueue[Callable[[SoftEngine], None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._waiting: dict[str, concurrent.futures.Future[Trajectory]] = {}
         """Futures of running requests; touched by the engine thread only."""
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._stopping = False
         self.progress = 0
         """Engine steps and commands so far: a watchdog sees whether this thread moves."""
-        self.started: concurrent.futures.Future[SoftEngine] = concurrent.futures.Future()
+        self.started: concurrent.futures.Future[SoftEngine] = pending_future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def call(self, command: Callable[[SoftEngine], Any]) -> concurrent.futures.Future[Any]:
         """Run `command(engine)` between two steps."""
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future = pending_future()
 
         def run(engine: SoftEngine) -> None:
             try:
@@ -67,12 +88,12 @@ class EngineThread:
             except Exception as error:  # handed to the caller, who decides
                 future.set_exception(error)
 
-        self._enqueue(run, future)
+        self._enqueue(Command(run, (future,)))
         return future
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[concurrent.futures.Future[Trajectory]]:
         """One future per request. A request that is refused fails alone."""
-        futures: list[concurrent.futures.Future[Trajectory]] = [concurrent.futures.Future() for _ in requests]
+        futures: list[concurrent.futures.Future[Trajectory]] = [pending_future() for _ in requests]
 
         def run(engine: SoftEngine) -> None:
             for request, future in zip(requests, futures, strict=True):
@@ -83,7 +104,7 @@ class EngineThread:
                 else:
                     self._waiting[request.request_id] = future
 
-        self._enqueue(run, *futures)
+        self._enqueue(Command(run, tuple(futures)))
         return futures
 
     def abort(self, request_ids: Sequence[str]) -> concurrent.futures.Future[list[Trajectory]]:
@@ -101,17 +122,21 @@ class EngineThread:
     def stop(self, timeout_s: float) -> bool:
         """End the thread after its current step; False if that took too long."""
         self._stopping = True
-        self._commands.put(lambda engine: None)
+        self._commands.put(Command(lambda engine: None))
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _enqueue(self, command: Callable[[SoftEngine], None], *futures: concurrent.futures.Future[Any]) -> None:
-        if self._failure is None:
-            self._commands.put(command)
-        if self._failure is not None:  # also when it failed just now: the queue has no reader any more
-            for future in futures:
-                if not future.done():
-                    future.set_exception(EngineError(f"the engine has failed: {self._failure}"))
+    def _enqueue(self, command: Command) -> None:
+        self._commands.put(command)
+        if self.failure is not None:  # the queue has no reader any more
+            self._fail_commands(self.failure)
+
+    def _fail_commands(self, error: BaseException) -> None:
+        while True:
+            try:
+                self._commands.get_nowait().fail(error)
+            except queue.Empty:
+                return
 
     def _run(self) -> None:
         try:
@@ -138,22 +163,18 @@ class EngineThread:
                 command = self._commands.get(block=block, timeout=_IDLE_WAIT_S)
             except queue.Empty:
                 return
-            command(engine)
+            command.run(engine)
             self.progress += 1
             block = False
 
     def _fail(self, error: BaseException) -> None:
-        self._failure = error
+        self.failure = error
         if not self.started.done():
             self.started.set_exception(error)
         for future in self._waiting.values():
             future.set_exception(EngineError(f"the engine has failed: {error}"))
         self._waiting.clear()
-        while True:
-            try:
-                self._commands.get_nowait()
-            except queue.Empty:
-                return
+        self._fail_commands(error)
 
 
 class RolloutActor:
@@ -184,7 +205,7 @@ class RolloutActor:
         Raises `RequestError` if one of them is refused, `RequestAborted` if one is aborted; the others are stopped.
         """
         started = time.monotonic()
-        engine = await asyncio.wrap_future(self._engine.started)
+        # Submitted before the first await: an abort that arrives later finds them.
         futures = [asyncio.wrap_future(future) for future in self._engine.generate(requests)]
         self._generating += len(requests)
         try:
@@ -195,6 +216,7 @@ class RolloutActor:
             raise
         finally:
             self._generating -= len(requests)
+        engine = self._engine.started.result()
         batch, texts = await asyncio.to_thread(self._finish, engine, trajectories)
         return batch, summarise(texts, time.monotonic() - started)
 
@@ -233,7 +255,9 @@ class RolloutActor:
         return len(await asyncio.wrap_future(self._engine.abort(request_ids)))
 
     async def stats(self) -> dict[str, float]:
-        """Liveness and counters; answers also while the engine is busy or hangs."""
+        """Liveness and counters; answers also while the engine is busy or hangs, fails once it has failed."""
+        if self._engine.failure is not None:
+            raise EngineError(f"the engine has failed: {self._engine.failure}")
         return {"progress": self._engine.progress, "generating": self._generating, "version": self._version}
 
     async def engine_stats(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -309,7 +309,7 @@ class SoftEngine:
         values = resolve_settings(self.spec, request, settings)
         if request.request_id in self._internal:
             raise RequestError(f"request {request.request_id} is already running")
-        recording = Recording(request, self.params, prefix)
+        recording = Recording(request, replace(self.params, noise_scale=values["noise_scale"]), prefix)
         self._check_prefix(request, prefix, values)
         self._check_ids(request)
         prompt = [*request.prompt_ids, *recording.prefix_ids]

@@ -11,7 +11,7 @@ import torch
 from vllm.platforms import current_platform
 
 from rollout import cpu_kernels
-from rollout.vllm_soft import register
+from rollout.vllm_soft import register_classes
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -29,7 +29,7 @@ class SoftWorker(PlatformWorker):  # type: ignore[misc, valid-type]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Worker processes of a tensor-parallel engine start without our entry point when the code is a working_dir.
-        register()
+        register_classes()
         cpu_kernels.install()
         super().__init__(*args, **kwargs)
 

@@ -20,7 +20,7 @@ from tests.rollout.naive_loop import replayed_logprobs
 pytestmark = pytest.mark.slow
 
 
-def build_qwen2(directory: Path, *, tied: bool) -> Path:
+def build_qwen2(directory: Path, *, tied: bool, kv_heads: int = 1) -> Path:
     """A tiny Qwen2 layout (biases in the attention projections) with the tokenizer of the tiny Llama."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -32,7 +32,7 @@ def build_qwen2(directory: Path, *, tied: bool) -> Path:
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=512,
         bos_token_id=1,
         eos_token_id=2,
