@@ -104,7 +104,6 @@ def load_policy(spec: LearnerSpec, *, trainable: bool = True) -> PolicyModel:
     use_packed_attention(model.to(spec.device))
     if trainable and spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
     if trainable and spec.lora_rank:
         model = add_lora(model, spec.lora_rank)
     policy = PolicyModel(model, differentiate_soft_inputs=spec.differentiate_soft_inputs)

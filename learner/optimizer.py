@@ -97,7 +97,7 @@ def deepspeed_config(spec: LearnerSpec) -> dict[str, Any]:
         "checkpoint": {"tag_validation": "Fail"},
     }
     if stage == 3:
-        config["zero_optimization"] |= {"stage3_gather_16bit_weights_on_model_save": False}
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = spec.zero3_persistent_elements
     if spec.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": spec.device == "cuda"}
     if spec.dtype == "bfloat16":

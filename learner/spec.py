@@ -41,6 +41,8 @@ class LearnerSpec:
     seed: int = 0
 
     zero_stage: Literal[0, 1, 2, 3] = 0
+    zero3_persistent_elements: int = 100_000
+    """Under ZeRO-3, parameters of at most so many elements stay whole on every rank (DeepSpeed's default)."""
     offload_optimizer: bool = False
     gradient_checkpointing: bool = False
     lora_rank: int | None = None

@@ -12,7 +12,7 @@ import logging
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -108,7 +108,7 @@ class Trainer:
     def save(self, directory: Path) -> None:
         """Write the resumable state below `directory`."""
         facts = {"world_size": self.spec.world_size, **self.describe()}
-        if self.spec.kl_refresh_every:
+        if self.spec.kl_refresh_every and self.reference is not None:
             save_weights(named_weights(_module(self.reference)), directory / REFERENCE, writes=self.rank == 0)
         save_state(self.engine, directory, facts, self.rank)
 
@@ -158,7 +158,7 @@ class Trainer:
                     moved,
                     partial(_objective, batch=moved, settings=self.settings, reference_weight=reference_weight),
                 )
-            self.engine.backward(loss * self.spec.world_size, scale_wrt_gas=False)
+                self.engine.backward(loss * self.spec.world_size, scale_wrt_gas=False)
             if trains:
                 parts.append(statistics)
             seconds.append(time.perf_counter() - began)
@@ -168,13 +168,15 @@ class Trainer:
             logger.warning("rank %d: gradients of step %d are not finite, step skipped", self.rank, self.steps)
         return Statistics.merged(parts, self.spec.device), norm, skipped, seconds
 
-    def _reference_head(self) -> AbstractContextManager[Tensor | None]:
-        """The reference's output matrix, whole, when the exact full-vocabulary KL needs it."""
+    @contextmanager
+    def _reference_head(self) -> Iterator[Tensor | None]:
+        """The reference's output matrix, whole, while the exact full-vocabulary KL needs it (also backward)."""
         if not self.settings.needs_reference or self.settings.kl_estimator != "exact":
-            return nullcontext(None)
-        source = self.policy if self.reference is None else self.reference
-        head = _module(source).head.weight
-        return _Yielding(whole([head]), head)
+            yield None
+            return
+        head = _module(self.engine if self.reference is None else self.reference).head.weight
+        with whole([head]):
+            yield head
 
     def _reduced(
         self, steps: Sequence[tuple[Statistics, float, bool, list[float]]], times: dict[str, float]
@@ -225,21 +227,6 @@ class Trainer:
         from safetensors.torch import load_file
 
         self._refresh_reference(iter(load_file(checkpoint / REFERENCE).items()))
-
-
-class _Yielding:
-    """Enter a context and hand out a value."""
-
-    def __init__(self, context: AbstractContextManager[Any], value: Tensor) -> None:
-        self.context = context
-        self.value = value
-
-    def __enter__(self) -> Tensor:
-        self.context.__enter__()
-        return self.value
-
-    def __exit__(self, *error: Any) -> None:
-        self.context.__exit__(*error)
 
 
 def _module(model: Any) -> PolicyModel:

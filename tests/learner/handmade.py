@@ -22,6 +22,7 @@ def learner_spec(model: Path, **changes: object) -> LearnerSpec:
         total_steps=20,
         learning_rate=1e-3,
         weight_decay=0.0,
+        zero3_persistent_elements=0,
         micro_batch_tokens=64,
         max_new_tokens=32,
         kl_coefficient=0.0,
