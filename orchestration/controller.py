@@ -44,10 +44,12 @@ PromptIds = Callable[[Visit], tuple[int, ...]]
 MAX_LEARNER_RESTARTS_WITHOUT_PROGRESS = 3
 
 
-class Member(Protocol):
-    """A rollout actor that a group can be dispatched to."""
+class Room(Protocol):
+    """Room for one group on a rollout actor that serves `version`."""
 
     version: int
+
+    def release(self) -> None: ...
 
 
 class Rollout(Protocol):
@@ -55,8 +57,8 @@ class Rollout(Protocol):
 
     changed: asyncio.Event
 
-    def pick(self, accepts_version: Callable[[int], bool]) -> Any | None: ...
-    async def generate(self, member: Any, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]: ...
+    def reserve(self, size: int, accepts_version: Callable[[int], bool]) -> Room | None: ...
+    async def generate(self, room: Any, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]: ...
     def publish(self, weights: PublishedWeights) -> None: ...
     def raise_if_broken(self) -> None: ...
 
@@ -159,14 +161,16 @@ class Controller:
 
     async def _feed(self) -> None:
         """Start groups as long as slots and rollout actors allow."""
+        size = self.config.algorithm.group_size
         while True:
-            while self._wants_more() and (member := self.parts.rollout.pick(self.slots.can_dispatch)):
+            while self._wants_more() and (room := self.parts.rollout.reserve(size, self.slots.can_dispatch)):
                 visit = self._backlog.popleft() if self._backlog else next(self.parts.stream)
-                self.slots.dispatch(visit.group_id, member.version)
+                self.slots.dispatch(visit.group_id, room.version)
                 self._visits[visit.group_id] = visit
-                producer = asyncio.create_task(self._produce(visit, member), name=visit.group_id)
+                producer = asyncio.create_task(self._produce(visit, room), name=visit.group_id)
                 self._producers[visit.group_id] = producer
                 producer.add_done_callback(self._background_ended)
+                producer.add_done_callback(lambda _, room=room: room.release())
             await self._wait_for_change()
 
     def _wants_more(self) -> bool:
@@ -174,11 +178,11 @@ class Controller:
         remaining = (self.config.steps - self.step) * self.config.algorithm.prompts_per_step
         return not self.stopping and len(self.slots) < remaining
 
-    async def _produce(self, visit: Visit, member: Any) -> None:
+    async def _produce(self, visit: Visit, room: Room) -> None:
         """One group from prompt to complete: generate, verify; or back to the backlog, or failed."""
         group_id = visit.group_id
         try:
-            batch, summary = await self.parts.rollout.generate(member, self._requests(visit))
+            batch, summary = await self.parts.rollout.generate(room, self._requests(visit))
             grades = await self.parts.verifier.score(batch, visit.row.gold, visit.row.rule)
         except ActorLost:
             self.slots.requeue(group_id)

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 PING_EVERY_S = 5.0
 PING_DEADLINE_S = 60.0
 RESTART_PAUSE_S = 1.0
+ROOM_PER_SEAT = 3
+"""Requests dispatched per sequence that an engine decodes: a group keeps its room until its longest response ends, and
+with less the engine runs dry. In simulation 1, 2 and 3 reach .50, .86 and .97 of the ideal rate at bound 4."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +48,23 @@ class Member:
     stats: dict[str, Any] = field(default_factory=dict)
     """Its counters at the last ping: no change while it has work is no progress."""
     progressed_at: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True)
+class Reservation:
+    """Room for some requests on a member, taken before the task that uses it has even started."""
+
+    member: Member
+    version: int
+    """Policy version of the member when the room was taken: no token will be older."""
+    size: int
+    held: bool = True
+
+    def release(self) -> None:
+        """Give the room back; harmless when that has happened."""
+        if self.held:
+            self.held = False
+            self.member.in_flight -= self.size
 
 
 class ActorPool:
@@ -199,15 +219,19 @@ class RolloutPool(ActorPool):
         self._syncing: set[Member] = set()
         self._sync_reports: list[Any] = []
 
-    def pick(self, accepts_version: Callable[[int], bool]) -> Member | None:
-        """A member with room for a group whose version is acceptable."""
-        return self.least_loaded(
+    def reserve(self, size: int, accepts_version: Callable[[int], bool]) -> Reservation | None:
+        """Room for `size` requests on the least loaded member whose version is acceptable, if there is any."""
+        member = self.least_loaded(
             lambda member: member.in_flight < self._max_in_flight and accepts_version(member.version)
         )
+        if member is None:
+            return None
+        member.in_flight += size
+        return Reservation(member, member.version, size)
 
-    async def generate(self, member: Member, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
-        """Generate one group on one member; the batch stays in the object store, its reference comes back."""
-        member.in_flight += len(requests)
+    async def generate(self, room: Reservation, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
+        """Generate one group in its room; the batch stays in the object store, its reference comes back."""
+        member = room.member
         try:
             batch, summary = member.actor.generate.options(num_returns=2).remote(list(requests))
             (result,) = await self.call(
@@ -218,7 +242,7 @@ class RolloutPool(ActorPool):
             member.actor.abort.remote([request.request_id for request in requests])
             raise
         finally:
-            member.in_flight -= len(requests)
+            room.release()
             self.changed.set()
 
     async def respond(self, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
@@ -226,12 +250,12 @@ class RolloutPool(ActorPool):
         while True:
             self.raise_if_broken()
             newest = max((member.version for member in self.members if member.ready), default=0)
-            member = self.pick(lambda version, newest=newest: version >= newest)
-            if member is None:
+            room = self.reserve(len(requests), lambda version, newest=newest: version >= newest)
+            if room is None:
                 await self._wait_for_change()
                 continue
             try:
-                return await self.generate(member, requests)
+                return await self.generate(room, requests)
             except ActorLost:
                 continue
 

@@ -30,7 +30,7 @@ from orchestration.metrics_export import MetricsExporter
 from orchestration.mirror import FinalStatus
 from orchestration.model_facts import read_model_facts
 from orchestration.plan import make_plan
-from orchestration.pools import RolloutPool, VerifierPool
+from orchestration.pools import ROOM_PER_SEAT, RolloutPool, VerifierPool
 from orchestration.progress import Progress
 from orchestration.prompt_tokenizer import PromptTokenizer
 from orchestration.run_evaluation import RunEvaluation
@@ -169,7 +169,7 @@ class TrainingRun:
             config.rollout.num_actors,
             request_timeout_s=config.rollout.request_timeout_s,
             sync_timeout_s=config.pipeline.sync_timeout_s,
-            max_in_flight=max(config.rollout.max_num_seqs, config.algorithm.group_size),
+            max_in_flight=ROOM_PER_SEAT * config.rollout.max_num_seqs,
             startup_timeout_s=config.rollout.startup_timeout_s,
             hang_timeout_s=hang_timeout_s,
             restarts=config.pipeline.max_restarts,

@@ -12,7 +12,7 @@ from tests.benchmarks.row import Row
 from tests.orchestration.simulation import Simulation, Timing, simulated_config
 
 ACTORS, SLOTS = 4, 64
-GROUP, PROMPTS = 8, 32
+GROUP, PROMPTS = 8, 64
 STEPS = 60
 TIMING = Timing(sigma=0.8, mean_length=4000, cap=16000)
 

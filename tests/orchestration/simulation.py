@@ -21,6 +21,7 @@ from orchestration.config import Config, parse_config
 from orchestration.controller import Controller, Parts
 from orchestration.dataset import PromptRow, PromptStream, Visit
 from orchestration.failures import ActorLost
+from orchestration.pools import ROOM_PER_SEAT, Reservation
 from orchestration.run_state import RunDirectory, RunState, load_state
 from orchestration.step_metrics import StepMetrics
 from reward.verdict import Grade, Verdict
@@ -87,27 +88,30 @@ class SimulatedRollout:
     def __init__(self, actors: int, slots_per_actor: int, timing: Timing, rng: random.Random) -> None:
         self.changed = asyncio.Event()
         self.actors = [SimulatedActor(index, asyncio.Semaphore(slots_per_actor)) for index in range(actors)]
-        self.max_in_flight, self.timing, self.rng = 2 * slots_per_actor, timing, rng
+        self.max_in_flight, self.timing, self.rng = ROOM_PER_SEAT * slots_per_actor, timing, rng
         self.lose: Callable[[str], bool] = lambda group_id: False
         self.busy_seats_s = 0.0
 
     def raise_if_broken(self) -> None:
         return
 
-    def pick(self, accepts_version: Callable[[int], bool]) -> SimulatedActor | None:
+    def reserve(self, size: int, accepts_version: Callable[[int], bool]) -> Reservation | None:
         free = [a for a in self.actors if a.in_flight < self.max_in_flight and accepts_version(a.version)]
-        return min(free, key=lambda actor: (actor.in_flight, actor.index), default=None)
+        actor = min(free, key=lambda actor: (actor.in_flight, actor.index), default=None)
+        if actor is None:
+            return None
+        actor.in_flight += size
+        return Reservation(actor, actor.version, size)
 
-    async def generate(self, member: SimulatedActor, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
-        started = member.version
-        member.in_flight += len(requests)
+    async def generate(self, room: Reservation, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
+        member, started = room.member, room.version
         try:
             lengths = [self.timing.draw_length(self.rng) for _ in requests]
             await asyncio.gather(*(self._decode(member, length) for length in lengths))
             if self.lose(requests[0].group_id):
                 raise ActorLost("simulated")
         finally:
-            member.in_flight -= len(requests)
+            room.release()
             self.changed.set()
         summary = GroupSummary(
             group_id=requests[0].group_id,
