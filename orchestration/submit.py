@@ -150,6 +150,8 @@ def connect(address: str) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for module in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(module).setLevel(logging.WARNING)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # the client prefers the variable to its argument
     try:
         return JobSubmissionClient(address)

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 START_DEADLINE_S = 90.0
@@ -28,9 +29,18 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
+@dataclass(frozen=True)
+class Head:
+    """A running head."""
+
+    address: str
+    """Of the dashboard."""
+    metrics_port: int
+
+
 @contextmanager
-def ray_head(*options: str) -> Iterator[str]:
-    """The dashboard's address. The token is the one in RAY_AUTH_TOKEN_PATH; nothing of the real home is touched."""
+def ray_head(*options: str) -> Iterator[Head]:
+    """A head whose token is the one in RAY_AUTH_TOKEN_PATH; nothing of the real home is touched."""
     gcs, dashboard, agent, metrics, client = free_ports(5)
     home = Path(tempfile.mkdtemp(prefix="sg"))  # short: Ray's socket paths are limited to 107 bytes
     command = [
@@ -45,7 +55,7 @@ def ray_head(*options: str) -> Iterator[str]:
     address = f"http://127.0.0.1:{dashboard}"
     try:
         _wait_until_healthy(head, address, home / "start.log")
-        yield address
+        yield Head(address, metrics)
     finally:
         end_tree(head)
         log.close()

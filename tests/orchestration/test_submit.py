@@ -6,7 +6,6 @@ import asyncio
 import os
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from orchestration import submit
 from orchestration.config import Config, ConfigError, parse_config
 from orchestration.kuberay_stop import stop_all_jobs
 from orchestration.submit import exit_code, find_address, plan_submission
-from tests.orchestration.ray_head import free_ports, ray_head
+from tests.orchestration.ray_head import Head, free_ports
 
 TREE: dict[str, Any] = {"name": "run", "model": {"path": "m"}, "data": {"train": {"path": "d.parquet"}}}
 
@@ -150,10 +149,10 @@ def test_a_reopened_log_stream_prints_every_character_once(capsys: pytest.Captur
     assert capsys.readouterr().out == "one two three"
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[str]:
-    with ray_head() as address:
-        yield address
+@pytest.fixture
+def head(job_head: Head) -> str:
+    """The dashboard's address."""
+    return job_head.address
 
 
 @pytest.fixture
