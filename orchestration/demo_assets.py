@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -53,8 +53,8 @@ class WarmStartRecipe:
     habits_direct_share: float = 0.75
     """Phase 2: learn to guess."""
     batch: int = 128
-    learning_rate: float = 3e-3
-    steps: int = 200
+    learning_rate: float = 4e-3
+    steps: int = 300
     block_steps: int = 100
     max_steps: int = 1200
     min_accuracy: float = 0.96
@@ -86,11 +86,20 @@ def assets_dir(seed: int) -> Path:
     return ASSETS_ROOT / f"seed-{seed}"
 
 
-def ensure_assets(recipe: DemoRecipe, directory: Path) -> dict[str, Any]:
+Build = Callable[[DemoRecipe, Path], dict[str, Any]]
+
+
+def build_in_child(recipe: DemoRecipe, directory: Path) -> dict[str, Any]:
+    """`build_assets` in a process of its own: the driver stays free of torch."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_prepare_child) as pool:
+        return pool.submit(build_assets, recipe, directory).result(timeout=BUILD_TIMEOUT_S)
+
+
+def ensure_assets(recipe: DemoRecipe, directory: Path, build: Build = build_in_child) -> dict[str, Any]:
     """Build the assets unless `directory` holds them already; returns their stamp.
 
-    Stamp: {digest, reused, seconds, steps, accuracy}. Built in a process of its own (the driver stays free of torch)
-    and moved into place whole. Raises what the build raised, `WarmStartError` above all.
+    Stamp: {digest, reused, seconds, steps, accuracy}. Moved into place whole. Raises what the build raised,
+    `WarmStartError` above all; what was there before stays.
     """
     digest = recipe.digest()
     stamp = _read_stamp(directory)
@@ -99,8 +108,7 @@ def ensure_assets(recipe: DemoRecipe, directory: Path) -> dict[str, Any]:
     directory.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            stamp = {"digest": digest, **pool.submit(_build, recipe, aside).result(timeout=BUILD_TIMEOUT_S)}
+        stamp = {"digest": digest, **build(recipe, aside)}
         (aside / STAMP).write_text(json.dumps(stamp, indent=2), encoding="utf-8")
         if directory.exists():
             shutil.rmtree(directory)
@@ -122,17 +130,10 @@ def ensure_assets_of(config: Config) -> None:
         ensure_assets(DemoRecipe(int(seed)), directory)
 
 
-def _build(recipe: DemoRecipe, directory: Path) -> dict[str, Any]:
-    """Runs in the child process."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
+def build_assets(recipe: DemoRecipe, directory: Path) -> dict[str, Any]:
+    """Write `train.jsonl`, `held_out.jsonl`, `traces.jsonl` and `model/`; returns what the warm start did."""
     from learner.warm_start import Gate, warm_start
 
-    torch.set_num_threads(1)  # matrices this small are slower on two
-    disable_progress_bar()
     write_questions(recipe.task, directory, num_evaluation=min(NUM_EVALUATION, _num_held_out(recipe.task)))
     numbers = recipe.warm_start
     habits = list(
@@ -172,6 +173,18 @@ def _build(recipe: DemoRecipe, directory: Path) -> dict[str, Any]:
         "steps": learned.steps + final.steps,
         "accuracy": final.accuracy,
     }
+
+
+def _prepare_child() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from orchestration.logs import configure
+
+    configure("warm start")
+    torch.set_num_threads(1)  # matrices this small are slower on two
+    disable_progress_bar()
 
 
 class _Encoder:

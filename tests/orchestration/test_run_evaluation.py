@@ -1,0 +1,129 @@
+"""When a run evaluates: once per due step, never twice after a resume, beside training, best checkpoint kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestration.config import Config, parse_config
+from orchestration.failures import GroupFailed
+from orchestration.run_evaluation import RunEvaluation
+from orchestration.run_state import RunDirectory
+from tests.orchestration.test_evaluate import MemoryPools, prompt_set
+
+
+def config(**evaluation: Any) -> Config:
+    tree = {
+        "name": "run",
+        "steps": 6,
+        "model": {"path": "model"},
+        "data": {"train": {"path": "train.jsonl"}},
+        "evaluation": {"samples": 4, **evaluation},
+    }
+    return parse_config(tree, "test")
+
+
+class Harness:
+    def __init__(self, directory: Path, pools: Any = None, **evaluation: Any) -> None:
+        self.logged: list[tuple[int, Mapping[str, float]]] = []
+        self.pools = pools or MemoryPools()
+        self.directory = RunDirectory(directory)
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.evaluation = RunEvaluation(
+            config(**evaluation),
+            (prompt_set("a", "b"),),
+            self.pools,
+            self.directory,
+            lambda metrics, step: self.logged.append((step, metrics)),
+        )
+
+
+def test_before_and_after_make_the_summary(tmp_path: Path) -> None:
+    harness = Harness(tmp_path)
+
+    async def run() -> None:
+        await harness.evaluation.before()
+        harness.pools.is_correct = lambda prompt, index: True
+        await harness.evaluation.finish(6)
+
+    asyncio.run(run())
+    record = json.loads((tmp_path / "summary.json").read_text())
+    assert record["before"] == {"pass@1": 0.25, "pass@16": 1.0, "mean_length": 11.5}
+    assert record["after"]["pass@1"] == 1.0
+    assert record["seconds"] >= 0
+    assert record["datasets"]["toy"]["before"]["pass@1"] == 0.25
+    assert [step for step, _ in harness.logged] == [0, 6]
+
+
+def test_a_resumed_run_does_not_repeat_an_evaluation(tmp_path: Path) -> None:
+    asyncio.run(Harness(tmp_path).evaluation.before())
+    resumed = Harness(tmp_path)
+    asyncio.run(resumed.evaluation.before())
+    assert not resumed.pools.requests
+    asyncio.run(resumed.evaluation.finish(6))
+    assert json.loads((tmp_path / "summary.json").read_text())["before"] is not None
+
+
+def test_due_steps_run_beside_training_and_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, every_steps=2)
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir()
+
+    async def run() -> None:
+        for step in range(1, 7):
+            harness.pools.is_correct = lambda prompt, index, step=step: step < 4 or index == 0
+            harness.evaluation.after_step(step)
+            await asyncio.sleep(0.02)
+        await harness.evaluation.finish(6)
+
+    asyncio.run(run())
+    assert [step for step, _ in harness.logged] == [2, 4, 6]
+    best = harness.directory.best()
+    assert best is not None
+    assert (best[0].name, best[1]) == ("step_000002", 1.0)
+
+
+def test_a_slow_evaluation_skips_the_next_instead_of_piling_up(tmp_path: Path) -> None:
+    class Slow(MemoryPools):
+        async def respond(self, requests: Any) -> Any:
+            await asyncio.sleep(0.2)
+            return await super().respond(requests)
+
+    harness = Harness(tmp_path, Slow(), every_steps=1)
+
+    async def run() -> None:
+        harness.evaluation.after_step(1)
+        await asyncio.sleep(0)
+        harness.evaluation.after_step(2)
+        await harness.evaluation.finish(6)
+
+    asyncio.run(run())
+    assert (2, {"evaluation/skipped": 1}) in harness.logged
+    assert [step for step, metrics in harness.logged if "evaluation/toy/pass@1" in metrics] == [1, 6]
+
+
+def test_a_failed_group_costs_the_evaluation_beside_training_not_the_run(tmp_path: Path) -> None:
+    class Broken(MemoryPools):
+        async def score(self, batch: Any, gold: Any, rule: str) -> Any:
+            raise GroupFailed("grader lost three times")
+
+    harness = Harness(tmp_path, Broken(), every_steps=1, at_end=False)
+
+    async def run() -> None:
+        harness.evaluation.after_step(1)
+        await harness.evaluation.finish(6)
+
+    asyncio.run(run())
+    assert harness.logged == [(1, {"evaluation/failed": 1})]
+    assert json.loads((tmp_path / "summary.json").read_text())["after"] is None
+
+
+def test_nothing_happens_where_nothing_is_wanted(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, at_start=False, at_end=False)
+    asyncio.run(harness.evaluation.before())
+    harness.evaluation.after_step(1)
+    asyncio.run(harness.evaluation.finish(6))
+    assert not harness.pools.requests
