@@ -56,6 +56,20 @@ def test_another_number_of_ranks_continues(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-6"]
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_adapters_continue_on_one_rank(
+    stage: int, tiny_model_dir: Path, tmp_path: Path, groups: list[ScoredGroup], pair: Pair
+) -> None:
+    spec = learner_spec(tiny_model_dir, zero_stage=stage, lora_rank=2, learning_rate=1e-2)
+    pair.call("begin", dataclasses.replace(spec, world_size=2), pair.master)
+    pair.call("run", groups)
+    pair.call("save", str(tmp_path))
+    uninterrupted = pair.call("run", groups)[0]
+    alone = Trainer(spec, rank=0, checkpoint=tmp_path)
+    resumed = [alone.train(groups, step) for step in range(STEPS, 2 * STEPS)]
+    assert losses(resumed) == pytest.approx(losses(uninterrupted), rel=2e-3, abs=1e-5)
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_refreshed_reference_is_part_of_the_state(
     stage: int, tiny_model_dir: Path, tmp_path: Path, groups: list[ScoredGroup]
