@@ -11,7 +11,7 @@ Pure: no collectives, no state, no random numbers. Everything after the head is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -296,4 +296,4 @@ def _soft_statistics(batch: ReplayBatch, settings: ObjectiveSettings) -> dict[st
 
 
 def _largest(values: Tensor) -> Tensor:
-    return cast(Tensor, values.max()) if values.numel() else values.new_zeros(())
+    return values.max() if values.numel() else values.new_zeros(())

@@ -70,7 +70,7 @@ def build_optimizer(model: nn.Module, spec: LearnerSpec) -> torch.optim.Optimize
         {"params": [p for p in trainable if _rank_of(p) < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    options = {"lr": spec.learning_rate, "betas": spec.betas, "eps": ADAM_EPSILON}
+    options: dict[str, Any] = {"lr": spec.learning_rate, "betas": spec.betas, "eps": ADAM_EPSILON}
     if effective_zero_stage(spec) == 0:
         return GuardedAdamW(groups, max_grad_norm=spec.max_grad_norm, **options)
     return torch.optim.AdamW(groups, **options)

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -138,7 +139,9 @@ def pack_samples(samples: Sequence[Sample], spec: LearnerSpec) -> ReplayBatch:
     """One packed pass of whole sequences, in the given order."""
     starts = np.cumsum([0, *(sample.num_rows for sample in samples)])
     pieces = [_rows_of(sample, int(start), i, spec) for i, (sample, start) in enumerate(zip(samples, starts))]  # noqa: B905
-    joined = {name: torch.from_numpy(np.concatenate([piece[name] for piece in pieces])) for name in pieces[0]}
+    joined: dict[str, Any] = {
+        name: torch.from_numpy(np.concatenate([piece[name] for piece in pieces])) for name in pieces[0]
+    }
     return ReplayBatch(cu_seqlens=torch.from_numpy(starts.astype(np.int32)), **joined)
 
 

@@ -252,7 +252,8 @@ class RolloutActor:
 
     async def abort(self, request_ids: Sequence[str]) -> int:
         """Stop requests, whose `generate` calls fail; returns how many were running."""
-        return len(await asyncio.wrap_future(self._engine.abort(request_ids)))
+        aborted = await asyncio.wrap_future(self._engine.abort(request_ids))
+        return len(aborted)
 
     async def stats(self) -> dict[str, float]:
         """Liveness and counters; answers also while the engine is busy or hangs, fails once it has failed."""

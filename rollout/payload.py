@@ -145,7 +145,7 @@ def drawn_log_density(noise: np.ndarray, logprobs: np.ndarray, params: SoftToken
         from rollout.soft_token import GAUSSIAN_SIGMA
 
         scale = params.noise_scale if isinstance(params.noise_scale, float | int) else 1.0
-        sigma = GAUSSIAN_SIGMA * max(scale, np.finfo(np.float64).tiny)
+        sigma = GAUSSIAN_SIGMA * max(float(scale), float(np.finfo(np.float64).tiny))
         density = -0.5 * ((e - np.exp(log_p)) / sigma) ** 2 - math.log(sigma * math.sqrt(2.0 * math.pi))
     else:
         shape = np.exp(log_p)

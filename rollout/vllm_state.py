@@ -158,7 +158,7 @@ class SoftModelState(DefaultModelState):  # type: ignore[misc]
         super().add_request(req_index, new_req_data)
         table = self.table
         params = new_req_data.sampling_params
-        values = (params.extra_args or {}).get(REQUEST_KEY) if params is not None else None
+        values: Any = (params.extra_args or {}).get(REQUEST_KEY) if params is not None else None
         stash = self._stashes.pop(new_req_data.req_id, None)
         self._slots[new_req_data.req_id] = req_index
         table.tagged[req_index] = values is not None
