@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rollout.payload import Recording
-from rollout.request import RolloutRequest
+from rollout.request import RequestSettings, RolloutRequest
 from rollout.trajectory import Kind, Trajectory
 
 if TYPE_CHECKING:
@@ -79,23 +79,6 @@ class EngineSpec:
     """Policy version of the checkpoint at `model_path`."""
 
 
-@dataclass(frozen=True)
-class RequestSettings:
-    """Settings of one request that differ from the engine's; None keeps the engine's."""
-
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    gumbel_temperature: float | None = None
-    noise_scale: float | None = None
-    thinking_budget: int | None = None
-    max_new_tokens: int | None = None
-    answer_temperature: float | None = None
-    answer_top_p: float | None = None
-    answer_top_k: int | None = None
-
-
 def engine_environment(spec: EngineSpec) -> dict[str, str]:
     """Environment of a process that runs this engine; must be set before it imports torch."""
     environment = {
@@ -121,7 +104,10 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
 
 
 def resolve_settings(spec: EngineSpec, request: RolloutRequest, settings: RequestSettings | None) -> dict[str, Any]:
-    """The numbers that one request runs with. Raises `RequestError` naming what is out of range."""
+    """The numbers that one request runs with (`settings` before the request's own before the engine's).
+
+    Raises `RequestError` naming what is out of range.
+    """
     defaults = {
         "temperature": spec.soft.get("temperature", 1.0),
         "top_k": spec.soft.get("top_k", 5),
@@ -135,7 +121,7 @@ def resolve_settings(spec: EngineSpec, request: RolloutRequest, settings: Reques
         "answer_top_p": spec.answer_top_p,
         "answer_top_k": spec.answer_top_k,
     }
-    given = {name: value for name, value in asdict(settings or RequestSettings()).items() if value is not None}
+    given = {name: value for name, value in asdict(settings or request.settings or RequestSettings()).items() if value is not None}
     values = {**defaults, **given}
     problems = list(_range_problems(spec, request, values))
     if problems:

@@ -14,6 +14,23 @@ def sample_seed(run_seed: int, prompt_id: str, visit: int, sample_index: int) ->
 
 
 @dataclass(frozen=True, slots=True)
+class RequestSettings:
+    """Settings of one request that differ from the engine's; None keeps the engine's."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    gumbel_temperature: float | None = None
+    noise_scale: float | None = None
+    thinking_budget: int | None = None
+    max_new_tokens: int | None = None
+    answer_temperature: float | None = None
+    answer_top_p: float | None = None
+    answer_top_k: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutRequest:
     """One response to generate."""
 
@@ -26,6 +43,8 @@ class RolloutRequest:
     seed: int
     prompt_ids: tuple[int, ...]
     thinking: Literal["soft", "discrete"] = "soft"
+    settings: RequestSettings | None = None
+    """What differs from the engine (evaluation arms); None in training."""
 
 
 @dataclass(frozen=True, slots=True)
