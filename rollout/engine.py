@@ -121,7 +121,8 @@ def resolve_settings(spec: EngineSpec, request: RolloutRequest, settings: Reques
         "answer_top_p": spec.answer_top_p,
         "answer_top_k": spec.answer_top_k,
     }
-    given = {name: value for name, value in asdict(settings or request.settings or RequestSettings()).items() if value is not None}
+    chosen = settings or request.settings or RequestSettings()
+    given = {name: value for name, value in asdict(chosen).items() if value is not None}
     values = {**defaults, **given}
     problems = list(_range_problems(spec, request, values))
     if problems:
