@@ -12,7 +12,6 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -25,12 +24,12 @@ from orchestration.controller import Controller, Parts
 from orchestration.dataset import PromptStream, Visit, dataset_digest
 from orchestration.evaluate import TwoPools
 from orchestration.failures import RunError
+from orchestration.inference_pools import make_rollout_pool, make_verifier_pool
 from orchestration.logs import also_to, set_policy_version
 from orchestration.metrics_export import MetricsExporter
 from orchestration.mirror import FinalStatus
 from orchestration.model_facts import read_model_facts
 from orchestration.plan import make_plan
-from orchestration.pools import ROOM_PER_SEAT, RolloutPool, VerifierPool
 from orchestration.progress import Progress
 from orchestration.prompt_tokenizer import PromptTokenizer
 from orchestration.run_evaluation import RunEvaluation
@@ -40,12 +39,8 @@ from orchestration.tracking import Tracker
 from orchestration.trajectory_sample import save_sample
 from orchestration.validate import Resolved, validate
 from orchestration.watchdog import Watchdog
-from reward.actor import VerifierActor
-from rollout.actor import RolloutActor
 
 logger = logging.getLogger(__name__)
-
-GROUP_GRADING_SLACK_S = 60.0
 
 
 def run_training(config: Config, *, resume: bool) -> int:
@@ -162,26 +157,9 @@ class TrainingRun:
 
     async def _start(self) -> None:
         """Bring up the three pools at once; a resumed policy reaches the rollout actors before they serve."""
-        config, plan = self.config, self.plan
-        hang_timeout_s = config.rollout.request_timeout_s
-        self.rollout = RolloutPool(
-            lambda index: _create(RolloutActor, plan.engine_options, plan.engine),
-            config.rollout.num_actors,
-            request_timeout_s=config.rollout.request_timeout_s,
-            sync_timeout_s=config.pipeline.sync_timeout_s,
-            max_in_flight=ROOM_PER_SEAT * config.rollout.max_num_seqs,
-            startup_timeout_s=config.rollout.startup_timeout_s,
-            hang_timeout_s=hang_timeout_s,
-            restarts=config.pipeline.max_restarts,
-        )
-        self.verifier = VerifierPool(
-            lambda index: _create(VerifierActor, plan.verifier_options, plan.verifier),
-            config.reward.num_actors,
-            group_timeout_s=config.algorithm.group_size * config.reward.deadline_s + GROUP_GRADING_SLACK_S,
-            startup_timeout_s=config.rollout.startup_timeout_s,
-            hang_timeout_s=hang_timeout_s,
-            restarts=config.pipeline.max_restarts,
-        )
+        config = self.config
+        self.rollout = make_rollout_pool(config, self.plan)
+        self.verifier = make_verifier_pool(config, self.plan)
         checkpoint = self.checkpoint / "learner" if self.checkpoint else None
         await self.learner.start(checkpoint)
         if self.state is not None:
@@ -263,10 +241,6 @@ class TrainingRun:
         path = self.directory.path / name
         path.mkdir(exist_ok=True)
         return path
-
-
-def _create(actor_class: type, options: dict[str, Any], spec: Any) -> Any:
-    return ray.remote(actor_class).options(**options).remote(spec)
 
 
 def _describe_dataset(resolved: Resolved) -> tuple[str, str, str]:
