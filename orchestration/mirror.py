@@ -153,7 +153,7 @@ class Mirror:
             try:
                 self._deliver()
                 self._failures = 0
-                if self._closing and self._is_drained():
+                if self._closing and not self._abandoned and self._is_drained():
                     self._sink.finish(self._state.final_status or "KILLED")
                     return
             except SinkUnavailable as error:

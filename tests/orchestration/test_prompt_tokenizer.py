@@ -32,7 +32,8 @@ REASONING_TEMPLATE = """{% if not add_generation_prompt is defined %}{% set add_
 {% generation %}{{ '<|assistant|>' + message['content'].split('</think>')[-1] + eos_token }}{% endgeneration %}
 {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}
+    {% if add_generation_prompt %}
+{{ '<|assistant|><think>\\n' }}{% endif %}
 """
 DATED_TEMPLATE = """{{- bos_token }}
 {%- if not date_string is defined %}

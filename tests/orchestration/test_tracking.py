@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -356,6 +357,38 @@ def test_whatever_fails_every_line_arrives_in_order(
     log.close()
     assert sink.status == "FINISHED"
     assert list(dict.fromkeys(sink.steps)) == list(range(1, 30))
+
+
+class StuckSink(MoodySink):
+    """Takes a long time over its first call."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.entered = threading.Event()
+        self.release = threading.Event()
+
+    def log_records(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self.entered.set()
+        assert self.release.wait(DEADLINE_S)
+        super().log_records(records)
+
+
+def test_a_call_that_returns_after_closing_changes_nothing(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", attempt=1)
+    log.append({"reward/mean": 1}, 1)
+    log.close()
+    sink = StuckSink()
+    mirror = Mirror(sink, RunDescription("t", "e", "key", None, {}, {}), MirrorState(), tmp_path)
+    mirror.start()
+    assert sink.entered.wait(DEADLINE_S)
+    assert not mirror.close("KILLED", 0.1)
+    state = MirrorState.load(tmp_path / "tracking.json")
+    assert (state.cursor, state.final_status) == (0, "KILLED")
+    sink.release.set()
+    wait_until(lambda: sink.steps == [1], "the late answer")
+    time.sleep(0.1)
+    assert MirrorState.load(tmp_path / "tracking.json") == state, "another process may be using this file by now"
+    assert sink.status is None
 
 
 def test_a_vanished_or_rejected_artifact_is_reported_and_passed_over(
