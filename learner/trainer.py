@@ -184,14 +184,16 @@ class Trainer:
         """Statistics summed over mini-batches and ranks; the slowest rank's times and the largest rank's memory."""
         import torch.distributed as dist
 
-        total = Statistics.merged((step[0] for step in steps), self.spec.device)
         passes = [seconds for step in steps for seconds in step[3]]
         slowest = torch.tensor([*times.values(), max(passes), peak_memory(self.spec.device)], dtype=torch.float64)
         slowest = slowest.to(self.spec.device)
-        dist.all_reduce(total.sums, dist.ReduceOp.SUM)
-        dist.all_reduce(total.maxima, dist.ReduceOp.MAX)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        metrics = total.metrics()
+        metrics = _summed_over_ranks(Statistics.merged((step[0] for step in steps), self.spec.device)).metrics()
+        if self.spec.old_log_density == "behaviour":
+            # Later mini-batches have no scores of the policy before the step: their gap would include the update.
+            first = _summed_over_ranks(Statistics.merged([steps[0][0]], self.spec.device)).metrics()
+            metrics |= dict.fromkeys((name for name in metrics if name.startswith("mismatch/")), 0.0)
+            metrics |= {name: value for name, value in first.items() if name.startswith("mismatch/")}
         for name in ("policy_loss", "kl_loss", "entropy_loss"):
             metrics[f"objective/{name}"] /= len(steps)
         norms = [norm for _, norm, skipped, _ in steps if not skipped]
@@ -227,6 +229,14 @@ class Trainer:
         from safetensors.torch import load_file
 
         self._refresh_reference(iter(load_file(checkpoint / REFERENCE).items()))
+
+
+def _summed_over_ranks(statistics: Statistics) -> Statistics:
+    import torch.distributed as dist
+
+    dist.all_reduce(statistics.sums, dist.ReduceOp.SUM)
+    dist.all_reduce(statistics.maxima, dist.ReduceOp.MAX)
+    return statistics
 
 
 def _module(model: Any) -> PolicyModel:

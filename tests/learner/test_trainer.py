@@ -133,19 +133,34 @@ def test_save_and_load_continue_the_same_curve(tiny_model_dir: Path, tmp_path: P
     assert all(torch.equal(weight, weights[name]) for name, weight in weights_of(trainer).items())
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_export_loads_in_transformers(tied: bool, tmp_path: Path) -> None:
+def test_mismatch_is_measured_before_the_step(tiny_model_dir: Path) -> None:
+    """Without old scores only the first mini-batch knows the policy that the engine should have had."""
+    groups = [make_group(seed) for seed in range(4)]
+    for old in ("recompute", "behaviour"):
+        found = []
+        for rate in (1e-12, 0.05):
+            spec = learner_spec(tiny_model_dir, mini_batches=2, old_log_density=old, learning_rate=rate)
+            found.append(Trainer(spec, rank=0).train(groups, 0))
+        for name in ("mismatch/kl_thinking", "mismatch/kl_answer", "mismatch/max_answer"):
+            assert found[0][name] > 0
+            assert found[1][name] == pytest.approx(found[0][name], rel=1e-4), (old, name)
+
+
+@pytest.mark.parametrize(("tied", "lora_rank"), [(True, None), (False, None), (True, 4)])
+def test_export_loads_in_transformers(tied: bool, lora_rank: int | None, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tests.conftest import build_tiny_model
 
-    trainer = Trainer(learner_spec(build_tiny_model(tmp_path / "model", tied=tied)), rank=0)
+    spec = learner_spec(build_tiny_model(tmp_path / "model", tied=tied), lora_rank=lora_rank, learning_rate=1e-2)
+    trainer = Trainer(spec, rank=0)
     trainer.train([make_group(0)], 0)
     trainer.export(tmp_path / "export")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     ids = torch.arange(6, 30)[None]
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, trainer.policy.language_model(ids).logits)
+        expected = trainer.policy.language_model(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=0 if lora_rank is None else 1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template
     published = {name for name, _ in trainer.weights()}
     assert ("lm_head.weight" in published) is not tied
