@@ -29,13 +29,25 @@ _SUSPICIOUS_SHARE = 0.5
 """Of the memory limit: math-verify swallows MemoryError, so a negative verdict above it is not believed."""
 
 
-def import_graders() -> None:
-    """Import what children need, once, in the process that they are forked from."""
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    import math_verify
-    import sympy
+_WARM_UP = (
+    r"\frac{3\sqrt{5}}{7}",
+    r"x^2-2x+1",
+    r"\left(3,\frac{\pi}{2}\right)",
+    r"[-1,2)\cup(3,\infty)",
+    r"y=2x+0.5",
+    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+    r"\{1,2\}",
+    r"50\%",
+    r"\text{east}",
+    r"3+2i",
+)
 
-    math_verify.verify(math_verify.parse("$x+1$", parsing_timeout=None), sympy.Integer(2), timeout_seconds=None)
+
+def import_graders() -> None:
+    """Import what children need and fill the parser's and SymPy's caches, in the process that they are forked from."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    for text in _WARM_UP:
+        compare(f"\\boxed{{{text}}}", f"\\boxed{{{text}+1}}")
 
 
 def run(connection: socket.socket, limits: confinement.Limits, user_rule: str | None, *, confined: bool) -> None:

@@ -22,8 +22,11 @@ START_TIMEOUT_S = 120.0
 CONTROL_TIMEOUT_S = 30.0
 PATIENCE_S = 0.25
 """A child busy for longer gets a substitute if others wait: a few bombs must not stop a pool of two."""
-_HONEST_CPU_S = 0.25
-"""Three times what the slowest honest comparison of MATH-500 takes."""
+_HONEST_CPU_S = 0.1
+"""More than the slowest comparison of MATH-500 answers takes."""
+STARVED_CPU_S = 0.05
+"""An honest comparison takes 3-20 ms: a child that got less than this, or than a tenth of its deadline, hangs in the
+scheduler's queue and not in its answer."""
 _SLOW_NICENESS = 10
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _BOOTSTRAP = (
@@ -139,7 +142,7 @@ class Child:
         self.started = time.monotonic()
         self.next_look = self.started + PATIENCE_S
         self.slow = False
-        self.cpu_before_s = self._cpu_s()
+        self.cpu_before_s = self._total_cpu_s()
 
     def send(self, request: Message) -> None:
         """Put a request into its line; call `flush` while `has_unsent`."""
@@ -186,12 +189,16 @@ class Child:
         """
         self.slow = True
         self.next_look = time.monotonic() + PATIENCE_S
-        if not self.demoted and self._cpu_s() - self.cpu_before_s > _HONEST_CPU_S:
+        if not self.demoted and self.cpu_s() > _HONEST_CPU_S:
             self.demoted = True
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.setpriority(os.PRIO_PGRP, self.pid, _SLOW_NICENESS)
 
-    def _cpu_s(self) -> float:
+    def cpu_s(self) -> float:
+        """CPU used since `begin`."""
+        return self._total_cpu_s() - self.cpu_before_s
+
+    def _total_cpu_s(self) -> float:
         """CPU used by the child since its start; 0 once it is gone."""
         try:
             with open(f"/proc/{self.pid}/stat", encoding="ascii", errors="replace") as file:

@@ -3,7 +3,7 @@ r"""Mathematical answers: extraction, caps, exact string, then math-verify.
 math-verify's own time limit is a SIGALRM that a C-level big-integer power ignores and that raises off the main
 thread, so it is switched off: whoever calls `compare` owns the deadline (`reward.sandbox` kills the process).
 
-    response --extract_answer--> same string? --> both integers? --> caps --> compare: parse both, verify
+    response --extract_answer--> same string or number? --> caps --> compare: parse both, verify
 
 Several boxes in one response are not read together (math-verify would make {4, 5} of a 4 corrected to a 5): the last
 one is the answer.
@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import functools
 import re
+from fractions import Fraction
 from typing import Any
 
 from reward.extraction import Answer, Extracted, extract_answer, last_boxed, refuse_oversized
 from reward.verdict import Verdict
 
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
+_EXACT_NUMBER = re.compile(
+    r"-?[0-9]{1,12}|(?P<sign>-?)(?:\\[dt]?frac\{(?P<a>[0-9]{1,6})\}\{(?P<b>[0-9]{1,6})\}|(?P<c>[0-9]{1,6})/(?P<d>[0-9]{1,6}))"
+)
+"""Integers and plain fractions, small enough that math-verify's 15 digits tell any two apart."""
 
 
 def grade(answer: str, gold: str) -> Verdict:
@@ -37,8 +41,9 @@ def settle(extracted: Extracted | None, gold: str) -> tuple[Verdict | None, str]
     given, wanted = _squeeze(extracted.text), _squeeze(gold_text(gold))
     if given == wanted:
         return Verdict.CORRECT, ""
-    if _INTEGER.fullmatch(given) and _INTEGER.fullmatch(wanted):
-        return Verdict.CORRECT if int(given) == int(wanted) else Verdict.INCORRECT, ""
+    value, wanted_value = _exact_number(given), _exact_number(wanted)
+    if value is not None and wanted_value is not None:
+        return Verdict.CORRECT if value == wanted_value else Verdict.INCORRECT, ""
     refusal = refuse_oversized(extracted.text)
     return (Verdict.UNPARSEABLE, refusal) if refusal else (None, "")
 
@@ -115,6 +120,20 @@ def gold_text(gold: str) -> str:
 def gold_expression(gold: str) -> str:
     """A gold string as math-verify is given it."""
     return f"\\boxed{{{gold_text(gold)}}}"
+
+
+def _exact_number(text: str) -> Fraction | None:
+    """The value of an integer or a plain fraction; None for everything else, decimals included (they are rounded)."""
+    match = _EXACT_NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    numerator, denominator = match["a"] or match["c"], match["b"] or match["d"]
+    if numerator is None:
+        return Fraction(int(text))
+    if int(denominator) == 0:
+        return None
+    value = Fraction(int(numerator), int(denominator))
+    return -value if match["sign"] else value
 
 
 def _squeeze(text: str) -> str:

@@ -6,9 +6,9 @@
                       |-- died:            Future = crash (signal or exit status), a new fork
                       `-- slow while others wait: a substitute beside it, and lower priority if it burns CPU
 
-Invariants: every job's future is resolved exactly once, at most `deadline_s` (plus scheduling) after a child began it;
-a job behind one that hangs or dies goes to another child; a child serves at most `recycle_after` jobs; confined jobs
-(model-written programs) never share a process.
+Invariants: every job's future is resolved exactly once, at most `deadline_s` (plus scheduling) after a child began it,
+or twice that where the machine gave the child no CPU; a job behind one that hangs or dies goes to another child; a
+child serves at most `recycle_after` jobs; confined jobs (model-written programs) never share a process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reward import seccomp
-from reward.children import Child, ForkServer, ServerDiedError
+from reward.children import STARVED_CPU_S, Child, ForkServer, ServerDiedError
 from reward.confinement import Limits
 from reward.fork_server import ServerOptions
 from reward.verdict import Verdict
@@ -39,6 +39,10 @@ MAX_SLOW = 6
 """Slow children with substitutes, per pool; each may use the whole memory limit."""
 MAX_SERVER_DEATHS = 5
 _CLOSE_TIMEOUT_S = 60.0
+_COUNTERS = (
+    *("jobs", "jobs_moved", "jobs_starved"),
+    *("children_started", "children_killed", "children_died", "server_deaths"),
+)
 
 
 class SandboxError(RuntimeError):
@@ -52,6 +56,8 @@ class Job:
     payload: Message
     confined: bool = False
     """In a process of its own, isolated: for programs written by a model."""
+    burns_cpu: bool = False
+    """It never sleeps: without a verdict and without CPU it was starved, and is tried a second time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +121,8 @@ class _Dispatcher(threading.Thread):
         self._idle: list[Child] = []
         self._busy: dict[Child, deque[_Waiting]] = {}
         """The first is being graded, the others wait in the child's socket."""
-        self._counts = dict.fromkeys(
-            ("jobs", "jobs_moved", "children_started", "children_killed", "children_died", "server_deaths"), 0
-        )
+        self._second_tries: set[Future[Outcome]] = set()
+        self._counts = dict.fromkeys(_COUNTERS, 0)
 
     @property
     def has_namespaces(self) -> bool:
@@ -240,11 +245,23 @@ class _Dispatcher(threading.Thread):
         for child in list(self._busy):
             busy_s = now - child.started
             if busy_s >= self._limits.deadline_s:
-                self._finish(child, Verdict.TIMEOUT, f"no verdict within {self._limits.deadline_s:g} s; killed")
-                self._discard(child)
+                self._end_overdue(child)
             elif now >= child.next_look and self._others_wait(child):
                 child.look()
                 self._move_line(child)
+
+    def _end_overdue(self, child: Child) -> None:
+        """Kill a child at its deadline. Its job has timed out, unless the machine gave it no time to speak of."""
+        deadline_s, cpu_s = self._limits.deadline_s, child.cpu_s()
+        job, future = self._busy[child][0]
+        starved = cpu_s < min(STARVED_CPU_S, 0.1 * deadline_s)
+        if starved and job.burns_cpu and future not in self._second_tries:
+            self._second_tries.add(future)
+            self._counts["jobs_starved"] += 1
+            logger.warning("a grader child got %.3f s of CPU in %g s: this machine is overloaded", cpu_s, deadline_s)
+        else:
+            self._finish(child, Verdict.TIMEOUT, f"no verdict within {deadline_s:g} s ({cpu_s:.2f} s of CPU); killed")
+        self._discard(child)
 
     def _others_wait(self, child: Child) -> bool:
         return bool(self._queue) or len(self._busy[child]) > 1
@@ -260,6 +277,7 @@ class _Dispatcher(threading.Thread):
         """Resolve the job at the head of a child's line."""
         line = self._busy[child]
         _, future = line.popleft()
+        self._second_tries.discard(future)
         spent_s = time.monotonic() - child.started if seconds is None else seconds
         if line:
             child.begin()

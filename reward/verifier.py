@@ -89,7 +89,7 @@ class Verifier:
                 except RuleError as error:
                     problem = str(error)
             checks.append(problem)
-        futures = [self._sandbox.submit(Job(check.payload)) if isinstance(check, Task) else check for check in checks]
+        futures = [self._sandbox.submit(_job(check)) if isinstance(check, Task) else check for check in checks]
         give_up = time.monotonic() + len(checks) * (self._spec.deadline_s + 1) + _SLACK_S
         return [_problem(_wait(found, give_up)) if isinstance(found, Future) else found for found in futures]
 
@@ -129,7 +129,7 @@ class Verifier:
     def _submit(self, task: Task) -> Future[Outcome]:
         """The verdict of a task: remembered, already being found, or asked of the sandbox."""
         if task.key is None:
-            return self._sandbox.submit(Job(task.payload, task.confined))
+            return self._sandbox.submit(_job(task))
         with self._lock:
             known = self._cache.get(task.key)
             if known is not None:
@@ -142,7 +142,7 @@ class Verifier:
             if shared is not None:
                 self._cache_hits += 1
                 return shared
-            future = self._sandbox.submit(Job(task.payload, task.confined))
+            future = self._sandbox.submit(_job(task))
             self._in_flight[task.key] = future
         future.add_done_callback(lambda done: self._remember(task.key, done))
         return future
@@ -173,6 +173,10 @@ class Verifier:
                 100 * self._spec.failure_alarm,
                 f"{failed.verdict}: {failed.detail}" if failed else "none in this batch",
             )
+
+
+def _job(task: Task) -> Job:
+    return Job(task.payload, task.confined, burns_cpu=task.payload["task"] in ("math", "check_gold"))
 
 
 def _finish(step: Score | tuple[Task, Future[Outcome]], give_up: float) -> tuple[Score, float]:

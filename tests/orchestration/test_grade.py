@@ -25,7 +25,7 @@ def row(identifier: Any, response: str, gold: Any = "42", **more: Any) -> dict[s
 
 def test_grades_come_back_in_order(tmp_path: Path) -> None:
     rows = [
-        row("a", r"<think>no \boxed{1}</think>so \boxed{84/2}"),
+        row("a", r"<think>no \boxed{1}</think>so \boxed{6\cdot 7}"),
         row("b", r"\boxed{41}"),
         row("tower", r"\boxed{9^{9^{9^9}}}"),
         row(4, "The answer is (C).", "C", rule="choice"),
@@ -40,7 +40,7 @@ def test_grades_come_back_in_order(tmp_path: Path) -> None:
     assert [grade["id"] for grade in graded] == [given["id"] for given in rows]
     verdicts = ["correct", "incorrect", "timeout", "correct", "unparseable", "correct", "correct", "crash"]
     assert [grade["verdict"] for grade in graded] == verdicts
-    assert graded[0]["extracted"] == "84/2" and graded[5]["reward"] == 0.5
+    assert graded[0]["extracted"] == r"6\cdot 7" and graded[5]["reward"] == 0.5
     assert 1.0 <= graded[2]["seconds"] < 1.5 and "killed" in graded[2]["detail"]
     assert "cannot be parsed" in graded[7]["detail"] and "Traceback" not in graded[7]["detail"]
     assert summary.num_graded == 8 and summary.verdicts[Verdict.CORRECT] == 4

@@ -52,7 +52,7 @@ def test_actor_grades_beside_a_bomb_and_takes_its_children_with_it(ray_local: No
     assert ready["program_isolation"] in ("namespaces", "filter")
     stuck = actor.score.remote(ray.put(batch_of([TOWER])), "42", "math")
     began = time.monotonic()
-    texts = [r"\boxed{84/2}", r"\boxed{7}", r"\boxed{\frac}"]
+    texts = [r"\boxed{6\cdot 7}", r"\boxed{7}", r"\boxed{\frac}"]
     grades = ray.get(actor.score.remote(ray.put(batch_of(texts)), "42", "math + 0.1*format"), timeout=30)
     assert [grade.verdict for grade in grades] == [Verdict.CORRECT, Verdict.INCORRECT, Verdict.UNPARSEABLE]
     assert [grade.reward for grade in grades] == pytest.approx([1.1, 0.1, 0.1])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from reward.extraction import Answer, extract_answer, last_boxed, nesting_depth
-from reward.math import check_gold, grade
+from reward.extraction import Answer, Extracted, extract_answer, last_boxed, nesting_depth
+from reward.math import check_gold, grade, settle
 from reward.verdict import Verdict
 
 
@@ -102,6 +102,25 @@ def test_good_gold_answers_pass_the_audit(gold: str) -> None:
 @pytest.mark.parametrize("gold", ["", r"\frac", "(" * 40 + "1" + ")" * 40, "1+" * 600 + "1", "   "])
 def test_bad_gold_answers_are_named(gold: str) -> None:
     assert check_gold(gold)
+
+
+def test_numbers_without_sympy_agree_with_sympy() -> None:
+    """Integers and fractions are compared exactly; math-verify must be of the same opinion."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    rng = random.Random(3)
+    small = [str(rng.randrange(-9, 9)) for _ in range(6)]
+    fractions = [rf"{rng.choice(['', '-'])}\frac{{{rng.randrange(20)}}}{{{rng.randrange(1, 9)}}}" for _ in range(8)]
+    slashes = ["1/2", "-3/6", "4/2", "007", "-0", "0", "999999/999998", "999998/999997", "123456789012"]
+    numbers = [*small, *fractions, *slashes]
+    settled = 0
+    for given in numbers:
+        for gold in rng.sample(numbers, 8):
+            verdict, _ = settle(Extracted(given, "boxed"), gold)
+            settled += verdict is not None
+            assert (verdict is Verdict.CORRECT) == directly(rf"\boxed{{{given}}}", gold), (given, gold)
+    assert settled == 8 * len(numbers)
+    assert settle(Extracted("0.5", "boxed"), "1/2")[0] is None
+    assert settle(Extracted("1/0", "boxed"), "2")[0] is None
 
 
 def directly(response: str, gold: str) -> bool:

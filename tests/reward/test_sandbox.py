@@ -219,3 +219,27 @@ def test_a_large_request_does_not_block(sandbox: Sandbox) -> None:
     outcome = ask(sandbox, users("x" * 3_000_000, 3))
     assert outcome.reward == 6.0
     assert Answer("x").final_text == "x"
+
+
+def test_a_starved_child_gets_a_second_try() -> None:
+    """A stopped process gets no CPU, like one on an overloaded machine: that is not the answer's fault."""
+    sandbox = Sandbox(Limits(MEMORY_MB, DEADLINE_S))
+    try:
+        assert ask(sandbox, mathematics(r"\boxed{42}")).verdict is Verdict.CORRECT
+        (child,) = psutil.Process(sandbox.stats()["server_pid"]).children()
+        child.suspend()
+        outcome = ask(sandbox, Job(mathematics(r"\boxed{40+2}").payload, burns_cpu=True))
+        assert outcome.verdict is Verdict.CORRECT
+        assert sandbox.stats()["jobs_starved"] == 1
+    finally:
+        sandbox.close()
+
+
+def test_only_one_second_try_and_only_for_what_never_sleeps(sandbox: Sandbox) -> None:
+    before = sandbox.stats()["jobs_starved"]
+    asleep = ask(sandbox, users("sleep"))
+    assert asleep.verdict is Verdict.TIMEOUT and asleep.seconds < LATE_S
+    assert sandbox.stats()["jobs_starved"] == before
+    twice = ask(sandbox, Job(users("sleep").payload, burns_cpu=True))
+    assert twice.verdict is Verdict.TIMEOUT
+    assert sandbox.stats()["jobs_starved"] == before + 1

@@ -37,7 +37,7 @@ def test_hostile_corpus() -> None:
     counts = Counter(grade.verdict for grade in grades)
     assert counts[Verdict.TIMEOUT] >= 5, counts
     assert spent_s < (counts[Verdict.TIMEOUT] + 10) * (DEADLINE_S + 0.5)
-    assert grade_all(verifier, [r"\boxed{84/2}"])[0].verdict is Verdict.CORRECT
+    assert grade_all(verifier, [r"\boxed{6\cdot 7}"])[0].verdict is Verdict.CORRECT
     family = [server, *server.children(recursive=True)]
     verifier.close()
     assert_gone(family)
@@ -45,12 +45,12 @@ def test_hostile_corpus() -> None:
 
 def test_grades_come_in_order_and_are_counted(verifier: Verifier) -> None:
     before = verifier.stats()
-    texts = [r"\boxed{84/2}", r"\boxed{7}", TOWER, r"\boxed{\frac}", "", r"\boxed{42}"]
+    texts = [r"\boxed{6\cdot 7}", r"\boxed{7}", TOWER, r"\boxed{\frac}", "", r"\boxed{42}"]
     grades = grade_all(verifier, texts)
     wanted = ["correct", "incorrect", "timeout", "unparseable", "unparseable", "correct"]
     assert [grade.verdict.value for grade in grades] == wanted
     assert [grade.reward for grade in grades] == [1, 0, 0, 0, 0, 1]
-    assert grades[0].extracted == "84/2" and grades[4].extracted is None and grades[2].detail
+    assert grades[0].extracted == r"6\cdot 7" and grades[4].extracted is None and grades[2].detail
     counted = {name: value - before[name] for name, value in verifier.stats().items() if name.startswith("verdict_")}
     assert counted == {
         "verdict_correct": 2,
@@ -64,8 +64,8 @@ def test_grades_come_in_order_and_are_counted(verifier: Verifier) -> None:
 
 def test_equal_answers_are_graded_once(verifier: Verifier) -> None:
     before = verifier.stats()
-    grades = grade_all(verifier, [r"\boxed{126/3}"] * 8 + [r"so, \boxed{ 126/3 }"] * 8)
-    grades += grade_all(verifier, [r"\boxed{126/3}"])
+    grades = grade_all(verifier, [r"\boxed{21\cdot 2}"] * 8 + [r"so, \boxed{ 21\cdot 2 }"] * 8)
+    grades += grade_all(verifier, [r"\boxed{21\cdot 2}"])
     assert {grade.verdict for grade in grades} == {Verdict.CORRECT}
     assert verifier.stats()["jobs"] == before["jobs"] + 1
     assert verifier.stats()["cache_hits"] == before["cache_hits"] + 16
@@ -80,7 +80,7 @@ def test_siblings_share_a_bomb_but_failures_are_not_remembered(verifier: Verifie
 
 
 def test_weighted_rules(verifier: Verifier) -> None:
-    answer = Answer(r"<think>hm</think>\boxed{84/2}", r"\boxed{84/2}", "stop", 150)
+    answer = Answer(r"<think>hm</think>\boxed{6\cdot 7}", r"\boxed{6\cdot 7}", "stop", 150)
     (grade,) = verifier.score([answer], ["42"], ["math + 0.25*format + length(100, 200)"])
     assert grade.verdict is Verdict.CORRECT and grade.reward == pytest.approx(1 + 0.25 - 0.5)
     wrong = Answer(r"<think>hm</think>\boxed{41}", r"\boxed{41}", "stop", 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 from reward.extraction import Answer
@@ -17,7 +18,12 @@ def length_of_answer(answer: Answer, gold: Any) -> float:
 
 def double(answer: Answer, gold: Any) -> float:
     """Do what the answer says, badly."""
-    commands = {"exit": lambda: os._exit(3), "kill": lambda: os.kill(os.getpid(), 9), "nan": lambda: float("nan")}
+    commands = {
+        "exit": lambda: os._exit(3),
+        "kill": lambda: os.kill(os.getpid(), 9),
+        "nan": lambda: float("nan"),
+        "sleep": lambda: time.sleep(60),
+    }
     action = commands.get(answer.answer_text)
     return float(action()) if action else 2.0 * float(gold)
 
