@@ -43,6 +43,7 @@ COMMANDS = (
     Command("demo", "train a small model on this machine until it visibly learns", "orchestration.demo:main"),
     Command("grade", "grade existing responses through the same verifier as training", "orchestration.grade:main"),
     Command("submit", "run a recipe as a Ray job", "orchestration.submit:main"),
+    Command("scale", "change the rollout pool of a running run", "orchestration.scale:main"),
     Command("doctor", "say what would stop a run on this machine, and the fix", "orchestration.doctor:main"),
     Command("kuberay", "render and validate Kubernetes manifests", "orchestration.kuberay_command:main"),
 )

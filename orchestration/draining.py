@@ -57,8 +57,14 @@ class DrainWatcher:
 
     async def watch(self) -> None:
         """Poll for ever; cancel it to stop."""
+        from ray.exceptions import RayError
+
         while True:
-            self.look(await asyncio.to_thread(self._draining))
+            try:
+                self.look(await asyncio.to_thread(self._draining))
+            except (RayError, RuntimeError, OSError) as error:
+                # The control plane is busy or gone: whoever needs it will say so; this is an early warning only.
+                logger.warning("cannot see draining nodes: %s", error)
             await asyncio.sleep(self._poll_s)
 
     def look(self, draining: Mapping[str, float]) -> None:

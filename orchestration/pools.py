@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 PING_EVERY_S = 5.0
 PING_DEADLINE_S = 60.0
 RESTART_PAUSE_S = 1.0
+RETIRE_POLL_S = 0.2
 ROOM_PER_SEAT = 3
 """Requests dispatched per sequence that an engine decodes: a group keeps its room until its longest response ends, and
 with less the engine runs dry. In simulation 1, 2 and 3 reach .50, .86 and .97 of the ideal rate at bound 4."""
@@ -78,14 +79,20 @@ class ActorPool:
         self._create = create
         self._startup_timeout_s = startup_timeout_s
         self._hang_timeout_s = hang_timeout_s
+        self._idle_deadline_s = startup_timeout_s + hang_timeout_s
         self._restarts_left = restarts
-        self.members = [Member(index, create(index)) for index in range(size)]
+        self._members = {index: Member(index, create(index)) for index in range(size)}
         self.counts: Counter[str] = Counter()
         """restarts, lost/<cause>"""
         self.changed = asyncio.Event()
         """Set whenever a member becomes ready, free or newer; whoever waits clears it."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._fatal: BaseException | None = None
+
+    @property
+    def members(self) -> list[Member]:
+        """Every member, starting ones included; who leaves is none any more."""
+        return list(self._members.values())
 
     async def start(self) -> None:
         """Wait until every member answers, then watch them. Raises `RunError` if one cannot start."""
@@ -108,6 +115,22 @@ class ActorPool:
         for member in self.members:
             ray.kill(member.actor)
 
+    def resize(self, size: int) -> None:
+        """Grow (new members serve once they are up to date) or shrink (the last ones finish their work first)."""
+        for index in range(size):
+            if index not in self._members:
+                self._add(index)
+        for member in self.members:
+            if member.index >= size:
+                member.ready = False
+                del self._members[member.index]
+                self._spawn(self._let_finish(member, self._idle_deadline_s), f"retire {member.index}")
+
+    def _add(self, index: int) -> None:
+        member = Member(index, self._create(index))
+        self._members[index] = member
+        self._spawn(self._replace(member), f"start {index}")
+
     def least_loaded(self, accept: Callable[[Member], bool] = lambda member: True) -> Member | None:
         """The ready member with the fewest requests among those accepted."""
         candidates = [member for member in self.members if member.ready and accept(member)]
@@ -129,7 +152,7 @@ class ActorPool:
 
     def lose(self, member: Member, reason: str, cause: str) -> None:
         """Take a member out, kill what is left of it and start a replacement (once, however many calls notice)."""
-        if self.members[member.index] is not member or self._fatal is not None:
+        if self._members.get(member.index) is not member or self._fatal is not None:
             return
         logger.warning("%s actor %d lost: %s", self.name, member.index, reason)
         self.counts[f"lost/{cause}"] += 1
@@ -144,9 +167,27 @@ class ActorPool:
             return
         self._restarts_left -= 1
         self.counts["restarts"] += 1
-        replacement = Member(member.index, self._create(member.index))
-        self.members[member.index] = replacement
-        self._spawn(self._replace(replacement), f"replace {member.index}")
+        self._add(member.index)
+
+    def retire(self, member: Member, seconds: float) -> None:
+        """Replace a member that still works but whose node goes in `seconds`: it may finish what it has until then.
+
+        Costs nothing of the restart budget: preemption is not the member's fault.
+        """
+        if self._members.get(member.index) is not member or self._fatal is not None:
+            return
+        self.counts["drained"] += 1
+        member.ready = False
+        self._add(member.index)
+        self._spawn(self._let_finish(member, seconds), f"retire {member.index}")
+
+    async def _let_finish(self, member: Member, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        try:
+            while member.in_flight and time.monotonic() < deadline:
+                await asyncio.sleep(RETIRE_POLL_S)
+        finally:
+            ray.kill(member.actor)
 
     async def _replace(self, member: Member) -> None:
         await asyncio.sleep(RESTART_PAUSE_S)
@@ -160,7 +201,7 @@ class ActorPool:
         await within(member.actor.ready.remote(), self._startup_timeout_s, what)
         await self._prepare(member)
         member.progressed_at = time.monotonic()
-        member.ready = True
+        member.ready = self._members.get(member.index) is member
         self.changed.set()
 
     async def _prepare(self, member: Member) -> None:
@@ -169,7 +210,7 @@ class ActorPool:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(PING_EVERY_S)
-            await asyncio.gather(*(self._ping(member) for member in list(self.members) if member.ready))
+            await asyncio.gather(*(self._ping(member) for member in self.members if member.ready))
 
     async def _ping(self, member: Member) -> None:
         try:
@@ -183,6 +224,10 @@ class ActorPool:
         elif now - member.progressed_at > self._hang_timeout_s:
             idle = now - member.progressed_at
             self.lose(member, f"{member.in_flight} requests in flight and no progress for {idle:.0f} s", "hang")
+
+    async def _wait_for_change(self) -> None:
+        self.changed.clear()
+        await within(self.changed.wait(), self._idle_deadline_s, f"a {self.name} actor to be free or up to date")
 
     def _spawn(self, work: Any, what: str) -> None:
         task = asyncio.get_running_loop().create_task(work, name=f"{self.name}: {what}")
@@ -279,10 +324,6 @@ class RolloutPool(ActorPool):
         reports, self._sync_reports = self._sync_reports, []
         return reports
 
-    async def _wait_for_change(self) -> None:
-        self.changed.clear()
-        await within(self.changed.wait(), self._request_timeout_s, "a rollout actor that is free and up to date")
-
     async def _prepare(self, member: Member) -> None:
         await self._sync(member)
 
@@ -336,5 +377,4 @@ class VerifierPool(ActorPool):
             self.raise_if_broken()
             if member := self.least_loaded(lambda member: member.in_flight == 0):
                 return member
-            self.changed.clear()
-            await within(self.changed.wait(), self._group_timeout_s * 10, "a free verifier actor")
+            await self._wait_for_change()

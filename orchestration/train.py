@@ -11,6 +11,7 @@ import logging
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -22,6 +23,7 @@ from orchestration.cluster import connected
 from orchestration.config import Config
 from orchestration.controller import Controller, Parts
 from orchestration.dataset import PromptStream, Visit, dataset_digest
+from orchestration.draining import DrainWatcher, Resident, node_of, own_node
 from orchestration.evaluate import TwoPools
 from orchestration.failures import RunError
 from orchestration.inference_pools import make_rollout_pool, make_verifier_pool
@@ -34,6 +36,7 @@ from orchestration.progress import Progress
 from orchestration.prompt_tokenizer import PromptTokenizer
 from orchestration.run_evaluation import RunEvaluation
 from orchestration.run_state import RunDirectory, load_state
+from orchestration.scale import follow_requests
 from orchestration.step_metrics import StepMetrics
 from orchestration.tracking import Tracker
 from orchestration.trajectory_sample import save_sample
@@ -41,6 +44,9 @@ from orchestration.validate import Resolved, validate
 from orchestration.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+DRAIN_SHARE = 0.8
+"""Of the time until a node goes, for finishing the step and the checkpoint."""
 
 
 def run_training(config: Config, *, resume: bool) -> int:
@@ -122,6 +128,18 @@ class TrainingRun:
 
     async def _work(self) -> None:
         await self._start()
+        current = asyncio.current_task()
+        assert current is not None
+        drains = DrainWatcher(partial(self._residents, current))
+        watching = asyncio.create_task(drains.watch(), name="draining nodes")
+        scaling = asyncio.create_task(follow_requests(self.directory.path, self.rollout.resize), name="scale")
+        try:
+            await self._train()
+        finally:
+            watching.cancel()
+            scaling.cancel()
+
+    async def _train(self) -> None:
         backlog = self._restore_stream()
         self.evaluation = RunEvaluation(
             self.config,
@@ -197,6 +215,7 @@ class TrainingRun:
     def _pool_metrics(self) -> dict[str, float]:
         metrics: dict[str, float] = {"failures/stall_reports": self.watchdog.num_reports}
         for pool in (self.rollout, self.verifier):
+            metrics[f"pool/{pool.name}_actors"] = sum(member.ready for member in pool.members)
             metrics |= {f"failures/{pool.name}_{name.replace('/', '_')}": n for name, n in pool.counts.items()}
         if reports := self.rollout.take_sync_reports():
             metrics["sync/fetch_s"] = max(report["fetch_s"] for report in reports)
@@ -207,19 +226,34 @@ class TrainingRun:
     def _handle_signals(self, work: asyncio.Task[None]) -> None:
         """First signal: finish the step and checkpoint within the grace time. Second: stop now."""
         loop = asyncio.get_running_loop()
-
-        def stop() -> None:
-            if self.stopping or self.controller is None:
-                self.stopping = True
-                work.cancel()
-                return
-            logger.info("stopping: finishing the step (at most %.0f s)", self.config.checkpoint.stop_grace_s)
-            self.stopping = True
-            self.controller.request_stop()
-            loop.call_later(self.config.checkpoint.stop_grace_s, work.cancel)
-
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop)
+            loop.add_signal_handler(number, self._stop, work, self.config.checkpoint.stop_grace_s)
+
+    def _stop(self, work: asyncio.Task[None], grace_s: float) -> None:
+        """Finish the step in progress and checkpoint; asked twice, or before the first step: stop now."""
+        if self.stopping or self.controller is None:
+            self.stopping = True
+            work.cancel()
+            return
+        logger.info("stopping: finishing the step (at most %.0f s)", grace_s)
+        self.stopping = True
+        self.controller.request_stop()
+        asyncio.get_running_loop().call_later(grace_s, work.cancel)
+
+    def _residents(self, work: asyncio.Task[None]) -> list[Resident]:
+        """What must act when its node is about to go: driver and learner stop the run, pool members move."""
+
+        def stop(seconds: float) -> None:
+            if not self.stopping:
+                self._stop(work, min(self.config.checkpoint.stop_grace_s, seconds * DRAIN_SHARE))
+
+        places = [("the driver", own_node(), stop)]
+        places += [(f"learner rank {rank}", node_of(actor), stop) for rank, actor in enumerate(self.learner.ranks)]
+        for pool in (self.rollout, self.verifier):
+            for member in pool.members:
+                move = partial(pool.retire, member)
+                places.append((f"{pool.name} actor {member.index}", node_of(member.actor), move))
+        return [Resident(name, node, leave) for name, node, leave in places if node is not None]
 
     async def _save_what_is_left(self) -> None:
         """After an error outside the learner its state is still good: keep it."""
