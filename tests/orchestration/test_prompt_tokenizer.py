@@ -113,6 +113,19 @@ def test_ids_equal_those_of_transformers(
         assert len(found) > 4, "truncation of the file is switched off"
 
 
+def test_ids_equal_for_the_tokenizer_class_of_the_distilled_models(tmp_path: Path) -> None:
+    """DeepSeek-R1-Distill-Qwen names a Llama class; transformers goes by the model type."""
+    from transformers import AutoTokenizer
+
+    directory = build_byte_level(tmp_path / "model", REASONING_TEMPLATE)
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "LlamaTokenizerFast"}))
+    (directory / "config.json").write_text('{"model_type": "qwen2"}')
+    expected = AutoTokenizer.from_pretrained(directory)
+    for chat, found in zip(CHATS, PromptTokenizer(directory).encode_chats(CHATS), strict=True):
+        assert list(found) == expected.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+
 def test_ids_of_the_tiny_model_equal_those_of_transformers(tiny_model_dir: Path) -> None:
     from transformers import AutoTokenizer
 
