@@ -40,6 +40,11 @@ class LearnerGroup:
         self.generation = 0
 
     @property
+    def ranks(self) -> Sequence[Any]:
+        """Handles of the current generation, by rank."""
+        return tuple(self._ranks)
+
+    @property
     def alive(self) -> bool:
         """Whether a generation was started and not killed."""
         return bool(self._ranks)
