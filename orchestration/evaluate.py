@@ -10,11 +10,10 @@ counted and is never a correct answer. Nothing here stops training, and only ref
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -22,7 +21,7 @@ from orchestration.dataset import PromptRow
 from orchestration.statistics import bootstrap_mean, first_k, majority_vote, pass_at_k, reported_ks
 from orchestration.validate import PromptSet
 from reward.verdict import Grade, Verdict
-from rollout.request import GroupSummary, RolloutRequest, sample_seed
+from rollout.request import GroupSummary, RequestSettings, RolloutRequest, sample_seed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,6 +75,8 @@ class EvaluationSettings:
     """Use only the first questions."""
     tag: str = "evaluation"
     """Distinguishes request ids of evaluations that overlap, e.g. `step 40`."""
+    decoding: RequestSettings | None = None
+    """What differs from the engine's sampling settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ class FinishedCall:
     row: PromptRow
     requests: tuple[RolloutRequest, ...]
     batch: Any
-    """Reference to the trajectories in the object store."""
+    """Reference to the trajectories in the object store; None once nobody needs them."""
     summary: GroupSummary
     grades: tuple[Grade, ...]
 
@@ -194,41 +195,47 @@ class EvaluationResult:
         return {f"evaluation/{self.name}/{name}": value for name, value in values.items()}
 
 
-async def evaluate(
-    pools: Pools,
-    prompts: PromptSet,
-    settings: EvaluationSettings,
-    on_call: Callable[[FinishedCall], Awaitable[None]] | None = None,
-) -> EvaluationResult:
-    """Answer and grade every question `settings.samples` times.
+OnCall = Callable[[FinishedCall], Awaitable[None]]
 
-    `on_call` sees every finished call (in any order) while its trajectories are still in the object store. Errors of
-    the pools propagate after the calls in flight were cancelled.
-    """
+
+async def evaluate(pools: Pools, prompts: PromptSet, settings: EvaluationSettings) -> EvaluationResult:
+    """Answer and grade every question `settings.samples` times. Errors of the pools propagate."""
     started = time.monotonic()
     rows = prompts.rows[: settings.limit]
+    finished: dict[str, list[FinishedCall]] = {row.prompt_id: [] for row in rows}
+
+    async def keep(call: FinishedCall) -> None:
+        # Without its reference the object store may drop the trajectories at once.
+        finished[call.row.prompt_id].append(replace(call, batch=None))
+
+    calls = [(row, part) for row in rows for part in evaluation_requests(row, prompts, settings)]
+    await run_calls(pools, calls, keep)
+    questions = tuple(question_result(finished[row.prompt_id]) for row in rows)
+    return EvaluationResult(prompts.name, settings, questions, time.monotonic() - started)
+
+
+async def run_calls(
+    pools: Pools, calls: Sequence[tuple[PromptRow, tuple[RolloutRequest, ...]]], on_call: OnCall
+) -> None:
+    """Answer and grade calls, many at a time and in any order; `on_call` sees each one when it is done.
+
+    Its trajectories are in the object store for as long as somebody holds their reference. An error of a pool or of
+    `on_call` rises at once, after the other calls were cancelled.
+    """
     room = asyncio.Semaphore(MAX_CALLS)
 
-    async def call(row: PromptRow, requests: tuple[RolloutRequest, ...]) -> FinishedCall:
+    async def call(row: PromptRow, requests: tuple[RolloutRequest, ...]) -> None:
         async with room:
             batch, summary = await pools.respond(requests)
             grades = await pools.score(batch, row.gold, row.rule)
-            finished = FinishedCall(row, requests, batch, summary, tuple(grades))
-            if on_call is not None:
-                await on_call(finished)
-            return finished
+            await on_call(FinishedCall(row, requests, batch, summary, tuple(grades)))
 
-    tasks = [
-        [asyncio.create_task(call(row, part)) for part in evaluation_requests(row, prompts, settings)] for row in rows
-    ]
-    every = list(itertools.chain.from_iterable(tasks))
+    tasks = [asyncio.create_task(call(row, requests)) for row, requests in calls]
     try:
-        await asyncio.gather(*every)
+        await asyncio.gather(*tasks)
     finally:
-        for task in every:
+        for task in tasks:
             task.cancel()
-    questions = tuple(question_result([task.result() for task in calls]) for calls in tasks)
-    return EvaluationResult(prompts.name, settings, questions, time.monotonic() - started)
 
 
 def evaluation_requests(
@@ -248,6 +255,7 @@ def evaluation_requests(
                     seed=sample_seed(settings.seed, f"evaluation/{prompts.name}/{row.prompt_id}", 0, index),
                     prompt_ids=prompts.prompt_ids[row.prompt_id],
                     thinking=settings.thinking,
+                    settings=settings.decoding,
                 )
                 for index in range(start, min(start + MAX_GROUP, settings.samples))
             )
@@ -258,7 +266,7 @@ def evaluation_requests(
 def question_result(calls: Sequence[FinishedCall]) -> QuestionResult:
     """Merge the calls of one question, samples in the order of their index."""
     samples = []
-    for call in calls:
+    for call in sorted(calls, key=lambda call: call.requests[0].sample_index):
         summary = call.summary
         expected = {request.request_id for request in call.requests}
         if set(summary.request_ids) != expected or len(call.grades) != len(expected):

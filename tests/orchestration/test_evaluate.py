@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 
 from orchestration.dataset import PromptRow
-from orchestration.evaluate import MAX_GROUP, EvaluationSettings, FinishedCall, evaluate
+from orchestration.evaluate import (
+    MAX_GROUP,
+    EvaluationSettings,
+    FinishedCall,
+    evaluate,
+    evaluation_requests,
+    run_calls,
+)
 from orchestration.validate import PromptSet
 from reward.verdict import Grade, Verdict
-from rollout.request import GroupSummary, RolloutRequest
+from rollout.request import GroupSummary, RequestSettings, RolloutRequest
 
 
 def row(name: str) -> PromptRow:
@@ -136,12 +143,25 @@ def test_an_error_of_a_pool_rises_as_itself_and_stops_the_rest() -> None:
         run(Broken(), "good", "bad", samples=1)
 
 
-def test_the_hook_sees_every_call_and_the_limit_holds() -> None:
+def test_the_limit_holds_and_decoding_travels_with_the_request() -> None:
+    pools = MemoryPools()
+    decoding = RequestSettings(temperature=0.6)
+    result = run(pools, "a", "b", "c", samples=20, limit=2, decoding=decoding)
+    assert sorted((question.row.prompt_id, len(question.samples)) for question in result.questions) == [
+        ("a", 20),
+        ("b", 20),
+    ]
+    assert {request.settings for request in pools.requests} == {decoding}
+
+
+def test_run_calls_hands_every_call_over_while_its_trajectories_are_there() -> None:
     seen: list[FinishedCall] = []
 
     async def hook(call: FinishedCall) -> None:
         seen.append(call)
 
-    pools = MemoryPools()
-    asyncio.run(evaluate(pools, prompt_set("a", "b", "c"), EvaluationSettings(samples=20, limit=2), hook))
-    assert sorted((call.row.prompt_id, len(call.grades)) for call in seen) == [("a", 4), ("a", 16), ("b", 4), ("b", 16)]
+    prompts, settings = prompt_set("a", "b"), EvaluationSettings(samples=20)
+    calls = [(row, part) for row in prompts.rows for part in evaluation_requests(row, prompts, settings)]
+    asyncio.run(run_calls(MemoryPools(), calls[1:], hook))
+    assert sorted((call.row.prompt_id, len(call.grades)) for call in seen) == [("a", 4), ("b", 4), ("b", 16)]
+    assert all(call.batch is not None for call in seen)
