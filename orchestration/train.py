@@ -147,6 +147,7 @@ class TrainingRun:
             TwoPools(self.rollout, self.verifier),
             self.directory,
             self.tracker.log,
+            started=self.started,
         )
         if self.state is None:
             await self.evaluation.before()
