@@ -50,9 +50,14 @@ def import_graders() -> None:
         compare(f"\\boxed{{{text}}}", f"\\boxed{{{text}+1}}")
 
 
-def run(connection: socket.socket, limits: confinement.Limits, user_rule: str | None, *, confined: bool) -> None:
-    """Serve one connection in this freshly forked process; a confined one runs a single model-written program."""
-    if confined and confinement.enter_namespaces():
+def run(
+    connection: socket.socket, limits: confinement.Limits, user_rule: str | None, *, confined: bool, isolate: bool
+) -> None:
+    """Serve one connection in this freshly forked process.
+
+    A confined one runs a single model-written program, in namespaces of its own if `isolate` and the kernel allows it.
+    """
+    if isolate and confinement.enter_namespaces():
         parent = os.getpid()
         init = os.fork()
         if init:

@@ -35,6 +35,8 @@ class ServerOptions:
     memory_mb: int
     deadline_s: float
     user_rule: str | None = None
+    use_namespaces: bool = True
+    """Where the kernel allows them; False leaves programs to the system-call filter alone."""
 
 
 def main(control_fd: int, options: ServerOptions) -> None:
@@ -44,7 +46,7 @@ def main(control_fd: int, options: ServerOptions) -> None:
     gc.collect()
     gc.freeze()
     control = socket.socket(fileno=control_fd)
-    control.sendall(json.dumps({"namespaces": _has_namespaces()}).encode())
+    control.sendall(json.dumps({"namespaces": options.use_namespaces and _has_namespaces()}).encode())
     children: set[int] = set()
     zombies: set[int] = set()
     while True:
@@ -97,7 +99,9 @@ def _spawn(control: socket.socket, descriptor: int, options: ServerOptions, *, c
         control.close()
         confinement.close_all_files({descriptor})
         limits = confinement.Limits(options.memory_mb, options.deadline_s)
-        child.run(socket.socket(fileno=descriptor), limits, options.user_rule, confined=confined)
+        isolate = confined and options.use_namespaces
+        connection = socket.socket(fileno=descriptor)
+        child.run(connection, limits, options.user_rule, confined=confined, isolate=isolate)
     finally:
         os._exit(70)
 

@@ -79,9 +79,16 @@ class Sandbox:
     """Grader children and the thread that watches them; safe to use from several threads."""
 
     def __init__(
-        self, limits: Limits, *, processes: int = 1, recycle_after: int = 2000, user_rule: str | None = None
+        self,
+        limits: Limits,
+        *,
+        processes: int = 1,
+        recycle_after: int = 2000,
+        user_rule: str | None = None,
+        use_namespaces: bool = True,
     ) -> None:
-        self._dispatcher = _Dispatcher(limits, processes, recycle_after, user_rule)
+        options = ServerOptions(limits.memory_mb, limits.deadline_s, user_rule, use_namespaces)
+        self._dispatcher = _Dispatcher(limits, processes, recycle_after, options)
         self._dispatcher.start()
 
     def submit(self, job: Job) -> Future[Outcome]:
@@ -105,10 +112,10 @@ class Sandbox:
 
 
 class _Dispatcher(threading.Thread):
-    def __init__(self, limits: Limits, processes: int, recycle_after: int, user_rule: str | None) -> None:
+    def __init__(self, limits: Limits, processes: int, recycle_after: int, options: ServerOptions) -> None:
         super().__init__(name="sandbox-dispatcher", daemon=True)
         self._limits, self._processes, self._recycle_after = limits, processes, recycle_after
-        self._options = ServerOptions(limits.memory_mb, limits.deadline_s, user_rule)
+        self._options = options
         self._server = ForkServer(self._options)
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = os.pipe()

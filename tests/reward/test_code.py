@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from reward.code_tests import TestsError, extract_program, read_tests
+from reward.confinement import Limits
 from reward.extraction import Answer
+from reward.sandbox import Job, Sandbox
 from reward.verdict import Grade, Verdict
 from reward.verifier import Verifier
+from tests.reward.conftest import MEMORY_MB, assert_gone
 from tests.reward.hostile import hostile_programs
 
 HUMANEVAL = {
@@ -62,6 +66,24 @@ def test_hostile_programs(verifier: Verifier) -> None:
     assert max(grade.seconds for grade in grades) < 1.0 + 0.5
     assert not Path("/tmp/softgrpo-hostile").exists()
     assert run(verifier, ["def add(a, b): return a + b"], HUMANEVAL)[0].verdict is Verdict.CORRECT
+
+
+def test_hostile_programs_behind_the_filter_alone() -> None:
+    """Where the kernel gives no namespaces, as in most containers."""
+    sandbox = Sandbox(Limits(MEMORY_MB, 1.0), processes=2, use_namespaces=False)
+    server = psutil.Process(sandbox.stats()["server_pid"])
+    try:
+        assert sandbox.isolation == "filter"
+        programs = [*hostile_programs(), "def add(a, b): return a + b"]
+        gold = HUMANEVAL | {"prompt": ""}
+        jobs = [Job({"task": "code", "program": program, "gold": gold}, confined=True) for program in programs]
+        outcomes = [future.result(60) for future in map(sandbox.submit, jobs)]
+        assert [outcome.verdict is Verdict.CORRECT for outcome in outcomes] == [False] * (len(jobs) - 1) + [True]
+        assert max(outcome.seconds for outcome in outcomes) < 1.0 + 0.5
+        assert_gone(server.children(recursive=True))
+        assert sandbox.stats()["server_deaths"] == 0 and not Path("/tmp/softgrpo-hostile").exists()
+    finally:
+        sandbox.close()
 
 
 def test_hostile_programs_on_standard_input(verifier: Verifier) -> None:

@@ -171,14 +171,16 @@ def test_children_die_with_their_owner(how: signal.Signals) -> None:
         assert_gone(family)
 
 
-def test_no_secret_reaches_a_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_namespaces", [True, False])
+def test_no_secret_reaches_a_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, use_namespaces: bool) -> None:
     canary = "canary-5f1d"
     secrets = ("RAY_AUTH_TOKEN", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MY_OWN_API_KEY")
     for name in secrets:
         monkeypatch.setenv(name, canary)
     secret_file = (tmp_path / "secret").open("w+")
     os.set_inheritable(secret_file.fileno(), True)
-    sandbox = Sandbox(Limits(MEMORY_MB, DEADLINE_S), user_rule="tests.reward.user_rules:show_environment")
+    rule = "tests.reward.user_rules:show_environment"
+    sandbox = Sandbox(Limits(MEMORY_MB, DEADLINE_S), user_rule=rule, use_namespaces=use_namespaces)
     try:
         seen = ask(sandbox, users("anything")).detail
         assert "show_environment" in seen and canary not in seen
