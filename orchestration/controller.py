@@ -23,6 +23,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -170,7 +171,7 @@ class Controller:
                 producer = asyncio.create_task(self._produce(visit, room), name=visit.group_id)
                 self._producers[visit.group_id] = producer
                 producer.add_done_callback(self._background_ended)
-                producer.add_done_callback(lambda _, room=room: room.release())
+                producer.add_done_callback(partial(_release, room))
             await self._wait_for_change()
 
     def _wants_more(self) -> bool:
@@ -345,3 +346,7 @@ async def _cancel(*tasks: asyncio.Task[None]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _release(room: Room, _: asyncio.Task[None]) -> None:
+    room.release()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -141,9 +143,10 @@ class ActorPool:
         try:
             return await within(asyncio.gather(*refs), deadline_s, what)
         except RayTaskError as error:
+            cause = error.cause
             if isinstance(error, ValueError):
-                raise GroupFailed(f"{what}: {error.cause}") from error
-            self.lose(member, f"{what}: {type(error.cause).__name__}: {error.cause}", "error")
+                raise GroupFailed(f"{what}: {cause}") from error
+            self.lose(member, f"{what}: {type(cause).__name__}: {cause}", "error")
         except (RayActorError, ObjectLostError) as error:
             self.lose(member, f"{what}: {type(error).__name__}", "died")
         except DeadlineExceeded as error:
@@ -295,7 +298,7 @@ class RolloutPool(ActorPool):
         while True:
             self.raise_if_broken()
             newest = max((member.version for member in self.members if member.ready), default=0)
-            room = self.reserve(len(requests), lambda version, newest=newest: version >= newest)
+            room = self.reserve(len(requests), partial(operator.le, newest))
             if room is None:
                 await self._wait_for_change()
                 continue

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -248,7 +249,7 @@ class TrainingRun:
             if not self.stopping:
                 self._stop(work, min(self.config.checkpoint.stop_grace_s, seconds * DRAIN_SHARE))
 
-        places = [("the driver", own_node(), stop)]
+        places: list[tuple[str, str | None, Callable[[float], None]]] = [("the driver", own_node(), stop)]
         places += [(f"learner rank {rank}", node_of(actor), stop) for rank, actor in enumerate(self.learner.ranks)]
         for pool in (self.rollout, self.verifier):
             for member in pool.members:

@@ -7,9 +7,9 @@ import os
 import sys
 
 CPU_HELP = """
-These locks name `torch==2.13.0` without a build. On a machine without CUDA pip must find a CPU build of it: the ordinary
-Linux build needs CUDA libraries that the CPU lock leaves out. Point pip at the index of CPU builds that pytorch.org's
-installation page names for your platform, for example
+These locks name `torch==2.13.0` without a build. On a machine without CUDA pip must find a CPU build of it: the
+ordinary Linux build needs CUDA libraries that the CPU lock leaves out. Point pip at the index of CPU builds that
+pytorch.org's installation page names for your platform, for example
 
     export PIP_EXTRA_INDEX_URL=<index of CPU builds>     (or PIP_FIND_LINKS=<folder with a torch +cpu wheel>)
     make clean install

@@ -44,10 +44,8 @@ def main() -> int:
             before = len(rows)
             rows += module.run(None if benchmark in names else names)
             for row in rows[before:]:
-                sign = "<=" if row.at_most else ">="
-                print(
-                    f"{'ok  ' if row.ok else 'MISS'} {row.name}: {row.ratio:.3g} (target {sign} {row.target:g}) {row.detail}"
-                )
+                verdict, sign = "ok  " if row.ok else "MISS", "<=" if row.at_most else ">="
+                print(f"{verdict} {row.name}: {row.ratio:.3g} (target {sign} {row.target:g}) {row.detail}")
             if arguments.json:
                 listing = [{**asdict(row), "ok": row.ok} for row in rows]
                 arguments.json.write_text(json.dumps(listing, indent=2), encoding="utf-8")
