@@ -15,6 +15,7 @@ forward and again in the backward pass, e.g. `deepspeed.zero.GatheredParameters`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -25,9 +26,11 @@ from torch.autograd.function import once_differentiable
 
 Gather = Callable[[Tensor], AbstractContextManager[Any]]
 
-WORKSPACE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
-"""Of one fp32 slice of logits: in the last-level cache on a CPU, large enough for full-speed products on a GPU."""
-CANDIDATE_WORKSPACE_BYTES = {"cpu": 2 * 2**20, "cuda": 64 * 2**20}
+WORKSPACE_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+"""Of one fp32 slice of logits: stays in the caches of a CPU core, large enough for full-speed products on a GPU."""
+CANDIDATE_WORKSPACE_BYTES = {"cpu": 2**19, "cuda": 64 * 2**20}
+"""Of the weight rows gathered for one block of positions."""
+LOG2_E = math.log2(math.e)
 SLICE_BOUNDS = (512, 16384)
 """Vocabulary entries per slice, a multiple of 128."""
 
@@ -140,6 +143,13 @@ class _Slices:
         return logits if self.inverse is None else logits.mul_(self.inverse)
 
 
+def _exp_(values: Tensor) -> Tensor:
+    """exp in place; on a CPU torch's exp2 is four times as fast as its exp, and exp would be the slowest pass."""
+    if values.is_cpu and values.dtype == torch.float32:
+        return values.mul_(LOG2_E).exp2_()
+    return values.exp_()
+
+
 def _local(ids: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Ids relative to a slice, and which of them lie inside it; outside ones point at column 0."""
     inside = (ids >= start) & (ids < stop)
@@ -196,9 +206,9 @@ class _LinearLseGather(torch.autograd.Function):
                 previous, highest = highest, torch.maximum(highest, logits.amax(-1, keepdim=True))
                 shrink = (previous - highest).exp_()
                 if weighted is None:
-                    mass = logits.sub_(highest).exp_()
+                    mass = _exp_(logits.sub_(highest))
                 else:
-                    mass = (logits - highest).exp_()
+                    mass = _exp_(logits - highest)
                     weighted = weighted * shrink + logits.mul_(mass).sum(-1, keepdim=True)
                 total = total * shrink + mass.sum(-1, keepdim=True)
         lse = total.log() + highest
@@ -224,9 +234,9 @@ class _LinearLseGather(torch.autograd.Function):
             for start, stop in slices:
                 log_p = slices.logits(start, stop).sub_(lse.unsqueeze(-1))
                 if g_entropy is None:
-                    dlogits = log_p.exp_().mul_(g_lse.unsqueeze(-1))
+                    dlogits = _exp_(log_p).mul_(g_lse.unsqueeze(-1))
                 else:
-                    p = log_p.exp()
+                    p = _exp_(log_p.clone())
                     shifted = log_p.add_(entropies[0].unsqueeze(-1))
                     dlogits = shifted.mul_(-g_entropy.unsqueeze(-1)).add_(g_lse.unsqueeze(-1)).mul_(p)
                 if g_gathered is not None:
@@ -261,7 +271,7 @@ class _LinearKL(torch.autograd.Function):
                 previous, highest = highest, torch.maximum(highest, logits.amax(-1, keepdim=True))
                 shrink = (previous - highest).exp_()
                 gap = other.neg_().add_(logits)
-                mass = logits.sub_(highest).exp_()
+                mass = _exp_(logits.sub_(highest))
                 total = total * shrink + mass.sum(-1, keepdim=True)
                 difference = difference * shrink + gap.mul_(mass).sum(-1, keepdim=True)
         lse = total.log() + highest
@@ -283,7 +293,7 @@ class _LinearKL(torch.autograd.Function):
                 log_p = slices.logits(start, stop).sub_(lse)
                 log_q = reference.logits(start, stop).sub_(reference_lse)
                 gap = log_q.neg_().add_(log_p).sub_(kl)
-                dlogits = log_p.exp_().mul_(gap).mul_(gradient.unsqueeze(-1))
+                dlogits = _exp_(log_p).mul_(gap).mul_(gradient.unsqueeze(-1))
                 sink.add(dlogits if inverse is None else dlogits.mul_(inverse), start, stop)
         dhidden = None if sink.hidden is None else sink.hidden.to(hidden.dtype)
         return dhidden, sink.weight, None, None, None, None
@@ -297,7 +307,8 @@ class _CandidateLogits(torch.autograd.Function):
         with gather(weight):
             for block in _row_blocks(ids, hidden):
                 rows = _candidate_rows(weight, ids[block], dtype)
-                logits[block] = torch.bmm(rows, hidden[block].to(dtype).unsqueeze(-1)).squeeze(-1)
+                # five times faster than a batched product of such thin matrices
+                logits[block] = rows.mul_(hidden[block].to(dtype).unsqueeze(1)).sum(-1)
         ctx.save_for_backward(hidden, weight, ids)
         ctx.gather = gather
         return logits
