@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -115,51 +116,52 @@ def schema_for(max_candidates: int) -> pa.Schema:
 SCHEMA = schema_for(DEFAULT_MAX_CANDIDATES)
 
 
+_PER_POSITION = ("kinds", "versions", "log_density")
+_PER_SOFT_POSITION = ("candidate_ids", "candidate_logprobs", "noise", "weights", "censor_threshold")
+
+
 def pack(trajectories: Sequence[Trajectory], max_candidates: int = DEFAULT_MAX_CANDIDATES) -> pa.RecordBatch:
     """Put trajectories into one record batch (one copy of every array).
 
     Raises `TrajectoryError` if an array's length or K does not fit its row.
     """
-    for trajectory in trajectories:
-        _check_shapes(trajectory, max_candidates)
     schema = schema_for(max_candidates)
-    lengths = np.array([len(t.response_ids) for t in trajectories], np.int64)
-    run_columns = {
-        "kind_runs": _pack_runs([t.kinds for t in trajectories], lengths, "kind", np.uint8),
-        "version_runs": _pack_runs([t.versions for t in trajectories], lengths, "version", np.int64),
-    }
+    values = {name: [getattr(t, name) for t in trajectories] for name in Trajectory.__dataclass_fields__}
+    positions = np.array([len(ids) for ids in values["response_ids"]], np.int64)
+    for column in _PER_POSITION:
+        _check_shapes(values, column, positions, ())
+    kinds = _find_runs(values["kinds"], positions, np.dtype(np.uint8))
+    versions = _find_runs(values["versions"], positions, np.dtype(np.int64))
+    soft = sum_per_row(np.where(kinds[0] == Kind.SOFT, kinds[1], 0), kinds[2])
+    for column in _PER_SOFT_POSITION:
+        _check_shapes(values, column, soft, () if column == "censor_threshold" else (max_candidates,))
     arrays = []
     for field in schema:
-        values = [getattr(t, field.name) for t in trajectories] if field.name not in run_columns else []
-        if field.name in run_columns:
-            arrays.append(run_columns[field.name])
+        if field.name == "kind_runs":
+            arrays.append(_pack_runs("kind", *kinds))
+        elif field.name == "version_runs":
+            arrays.append(_pack_runs("version", *versions))
         elif pa.types.is_list(field.type):
-            arrays.append(_pack_list(values, field.type))
+            arrays.append(_pack_list(values[field.name], field.type))
         else:
-            arrays.append(pa.array(values, field.type))
+            arrays.append(pa.array(values[field.name], field.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def _check_shapes(trajectory: Trajectory, max_candidates: int) -> None:
-    length, soft = len(trajectory.response_ids), int(np.count_nonzero(trajectory.kinds == Kind.SOFT))
-    wanted = {
-        "response_ids": (length,),
-        "kinds": (length,),
-        "versions": (length,),
-        "log_density": (length,),
-        "candidate_ids": (soft, max_candidates),
-        "candidate_logprobs": (soft, max_candidates),
-        "noise": (soft, max_candidates),
-        "weights": (soft, max_candidates),
-        "censor_threshold": (soft,),
-    }
-    for column, shape in wanted.items():
-        found = getattr(trajectory, column).shape
-        if found != shape:
+def _check_shapes(values: dict[str, list[Any]], column: str, lengths: np.ndarray, inner: tuple[int, ...]) -> None:
+    """Raise unless array r of a column has shape (lengths[r], *inner)."""
+    for row, (array, length) in enumerate(zip(values[column], lengths.tolist(), strict=True)):
+        if array.shape != (length, *inner):
             raise TrajectoryError(
-                f"trajectory {trajectory.request_id}: column {column}: shape {found}, need {shape} "
-                f"({length} positions, {soft} of them soft, {max_candidates} candidates)"
+                f"trajectory {values['request_id'][row]}: column {column}: shape {array.shape}, "
+                f"need {(length, *inner)} for its positions, soft positions and candidates"
             )
+
+
+def sum_per_row(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """[B] int64 sums of the list elements `values` of each row."""
+    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return total[offsets[1:]] - total[offsets[:-1]]
 
 
 def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -193,20 +195,25 @@ def _pack_list(arrays: Sequence[np.ndarray], kind: pa.ListType) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(_offsets([len(array) for array in arrays])), values, type=kind)
 
 
-def _pack_runs(rows: Sequence[np.ndarray], lengths: np.ndarray, name: str, dtype: type) -> pa.ListArray:
-    """A column of run lengths: rows of equal neighbours as {name, length}."""
-    values = _flat(rows, np.dtype(dtype))
+Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Value and length of every run of a batch, and the [B + 1] offsets of the rows' runs."""
+
+
+def _find_runs(rows: Sequence[np.ndarray], lengths: np.ndarray, dtype: np.dtype) -> Runs:
+    """Stretches of equal neighbours, found with one comparison over the batch; a row's first element starts one."""
+    values = _flat(rows, dtype)
     starts_here = np.empty(len(values), bool)
-    if len(values):
-        starts_here[0] = True
-        np.not_equal(values[1:], values[:-1], out=starts_here[1:])
-        row_starts = (np.cumsum(lengths) - lengths)[lengths > 0]
-        starts_here[row_starts] = True
+    np.not_equal(values[1:], values[:-1], out=starts_here[1:])
+    starts_here[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
     starts = np.flatnonzero(starts_here)
     run_lengths = np.diff(starts, append=len(values)).astype(np.int32)
-    runs_before = np.searchsorted(starts, np.cumsum(lengths))
-    structs = pa.StructArray.from_arrays([pa.array(values[starts]), pa.array(run_lengths)], names=[name, "length"])
-    offsets = np.concatenate([[0], runs_before]).astype(np.int32)
+    offsets = np.concatenate([[0], np.searchsorted(starts, np.cumsum(lengths))]).astype(np.int32)
+    return values[starts], run_lengths, offsets
+
+
+def _pack_runs(name: str, values: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
+    """A column of runs {name, length}."""
+    structs = pa.StructArray.from_arrays([pa.array(values), pa.array(lengths)], names=[name, "length"])
     return pa.ListArray.from_arrays(pa.array(offsets), structs)
 
 

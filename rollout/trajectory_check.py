@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from rollout.trajectory import Columns, Kind, Trajectory, TrajectoryError, columns, rows
+from rollout.trajectory import Columns, Kind, Trajectory, TrajectoryError, columns, rows, sum_per_row
 
 WEIGHT_SUM_TOLERANCE = 1e-3
 
@@ -68,12 +68,12 @@ def _problems(parts: Columns, vocabulary_size: int) -> Iterator[tuple[int, str, 
 def _length_problems(parts: Columns) -> Iterator[tuple[int, str, str]]:
     positions = np.diff(parts.offsets["response_ids"])
     kinds, lengths = parts.flat["kind"], parts.flat["kind_length"]
-    soft = _sum_per_row(np.where(kinds == Kind.SOFT, lengths, 0), parts.offsets["kind_runs"])
+    soft = sum_per_row(np.where(kinds == Kind.SOFT, lengths, 0), parts.offsets["kind_runs"])
     yield from _at(parts, "kind_runs", (kinds > max(Kind)) | (lengths <= 0), "unknown kind or empty run")
     yield from _at(parts, "version_runs", parts.flat["version_length"] <= 0, "empty run")
     wanted = {
-        "kind_runs": (_sum_per_row(lengths, parts.offsets["kind_runs"]), positions),
-        "version_runs": (_sum_per_row(parts.flat["version_length"], parts.offsets["version_runs"]), positions),
+        "kind_runs": (sum_per_row(lengths, parts.offsets["kind_runs"]), positions),
+        "version_runs": (sum_per_row(parts.flat["version_length"], parts.offsets["version_runs"]), positions),
         "log_density": (np.diff(parts.offsets["log_density"]), positions),
         **{
             column: (np.diff(parts.offsets[column]), soft)
@@ -83,12 +83,6 @@ def _length_problems(parts: Columns) -> Iterator[tuple[int, str, str]]:
     for column, (found, need) in wanted.items():
         for row in np.flatnonzero(found != need):
             yield int(row), column, f"covers {found[row]} positions, need {need[row]}"
-
-
-def _sum_per_row(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """[B] int64 sums of the list elements of each row."""
-    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    return total[offsets[1:]] - total[offsets[:-1]]
 
 
 def _at(parts: Columns, column: str, wrong: np.ndarray, reason: str) -> Iterator[tuple[int, str, str]]:
