@@ -9,7 +9,6 @@ mini-batch's loss; DeepSpeed averages gradients over ranks, so it is given `worl
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from learner.optimizer import build_optimizer, deepspeed_config, effective_zero_
 from learner.packing import ReplayBatch, ScoredLogits
 from learner.replay import plan_step, rank_batches
 from learner.spec import LearnerError, LearnerSpec, ScoredGroup
+from learner.step_report import OptimizerStep, step_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,10 @@ class Trainer:
             "num_trainable": sum(count for count, trainable in counted if trainable),
         }
 
+    @property
+    def _clips_against_engine(self) -> bool:
+        return self.spec.old_log_density == "behaviour"
+
     def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
         """Training step number `step` (from 0) on resolved groups; the same metrics on every rank."""
         started = time.perf_counter()
@@ -95,9 +99,8 @@ class Trainer:
         }
         return {
             **plan.metrics,
-            **self._reduced(steps, times),
+            **step_metrics(steps, times, mismatch_from_first=self._clips_against_engine, device=self.spec.device),
             "learner/lr": rate,
-            "learner/passes": float(sum(len(batches) for batches in mini_batches)),
             "learner/tokens_per_s": plan.metrics["learner/tokens"] / times["learner/step_s"],
         }
 
@@ -121,10 +124,9 @@ class Trainer:
 
         The first mini-batch of a single epoch needs no old scores: its policy *is* the old one, its ratio exactly 1.
         """
-        recompute = self.spec.old_log_density == "recompute"
         scored = []
         for number, batches in enumerate(mini_batches):
-            changed = recompute and (number > 0 or self.spec.epochs > 1)
+            changed = not self._clips_against_engine and (number > 0 or self.spec.epochs > 1)
             old = [self._scores(self.engine, batch) if changed else None for batch in batches]
             reference = [self._reference_scores(batch) for batch in batches]
             scored.append([replace(b, old=o, reference=r) for b, o, r in zip(batches, old, reference, strict=True)])
@@ -146,27 +148,23 @@ class Trainer:
         with self.policy.language_model.disable_adapter():
             return self._scores(self.engine, batch, keep_hidden=keep_hidden)
 
-    def _update(self, batches: Sequence[ReplayBatch]) -> tuple[Statistics, float, bool, list[float]]:
-        """One optimiser step; statistics of this rank, gradient norm, whether it was skipped, seconds per pass."""
-        parts, seconds = [], []
+    def _update(self, batches: Sequence[ReplayBatch]) -> OptimizerStep:
+        """One optimiser step on this rank's share of a mini-batch."""
+        report = OptimizerStep(self.spec.device)
         for batch in batches:
-            began = time.perf_counter()
-            trains = bool(batch.weights.any())
-            moved = batch.to(self.spec.device)
-            with self._reference_head() as reference_weight:
-                loss, statistics = self.engine(
-                    moved,
-                    partial(_objective, batch=moved, settings=self.settings, reference_weight=reference_weight),
-                )
+            with report.measured_pass(), self._reference_head() as reference_weight:
+                moved = batch.to(self.spec.device)
+                score = partial(_objective, batch=moved, settings=self.settings, reference_weight=reference_weight)
+                loss, statistics = self.engine(moved, score)
                 self.engine.backward(loss * self.spec.world_size, scale_wrt_gas=False)
-            if trains:
-                parts.append(statistics)
-            seconds.append(time.perf_counter() - began)
+            if batch.weights.any():
+                report.statistics.append(statistics)
         self.engine.step()
-        norm, skipped = float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
-        if skipped:
+        report.grad_norm = float(self.engine.get_global_grad_norm())
+        report.skipped = bool(self.engine.optimizer.overflow)
+        if report.skipped:
             logger.warning("rank %d: gradients of step %d are not finite, step skipped", self.rank, self.steps)
-        return Statistics.merged(parts, self.spec.device), norm, skipped, seconds
+        return report
 
     @contextmanager
     def _reference_head(self) -> Iterator[Tensor | None]:
@@ -177,36 +175,6 @@ class Trainer:
         head = _module(self.engine if self.reference is None else self.reference).head.weight
         with whole([head]):
             yield head
-
-    def _reduced(
-        self, steps: Sequence[tuple[Statistics, float, bool, list[float]]], times: dict[str, float]
-    ) -> dict[str, float]:
-        """Statistics summed over mini-batches and ranks; the slowest rank's times and the largest rank's memory."""
-        import torch.distributed as dist
-
-        passes = [seconds for step in steps for seconds in step[3]]
-        slowest = torch.tensor([*times.values(), max(passes), peak_memory(self.spec.device)], dtype=torch.float64)
-        slowest = slowest.to(self.spec.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        metrics = _summed_over_ranks(Statistics.merged((step[0] for step in steps), self.spec.device)).metrics()
-        if self.spec.old_log_density == "behaviour":
-            # Later mini-batches have no scores of the policy before the step: their gap would include the update.
-            first = _summed_over_ranks(Statistics.merged([steps[0][0]], self.spec.device)).metrics()
-            metrics |= dict.fromkeys((name for name in metrics if name.startswith("mismatch/")), 0.0)
-            metrics |= {name: value for name, value in first.items() if name.startswith("mismatch/")}
-        for name in ("policy_loss", "kl_loss", "entropy_loss"):
-            metrics[f"objective/{name}"] /= len(steps)
-        norms = [norm for _, norm, skipped, _ in steps if not skipped]
-        names = [*times, "learner/pass_s_max", "learner/peak_memory_mb"]
-        return {
-            **metrics,
-            **dict(zip(names, slowest.tolist(), strict=True)),
-            "learner/pass_s_mean": sum(passes) / len(passes),
-            "learner/grad_norm": sum(norms) / len(norms) if norms else 0.0,
-            "learner/grad_norm_max": max(norms, default=0.0),
-            "learner/optimizer_steps": float(len(norms)),
-            "learner/skipped_steps": float(len(steps) - len(norms)),
-        }
 
     def _load_reference(self) -> Any:
         """The frozen starting point, partitioned like the policy under ZeRO-3; None when nothing needs a copy."""
@@ -229,14 +197,6 @@ class Trainer:
         from safetensors.torch import load_file
 
         self._refresh_reference(iter(load_file(checkpoint / REFERENCE).items()))
-
-
-def _summed_over_ranks(statistics: Statistics) -> Statistics:
-    import torch.distributed as dist
-
-    dist.all_reduce(statistics.sums, dist.ReduceOp.SUM)
-    dist.all_reduce(statistics.maxima, dist.ReduceOp.MAX)
-    return statistics
 
 
 def _module(model: Any) -> PolicyModel:
@@ -284,13 +244,6 @@ def initialize_distributed(spec: LearnerSpec) -> None:
         auto_mpi_discovery=False,
         timeout=timedelta(seconds=spec.collective_timeout_s),
     )
-
-
-def peak_memory(device: str) -> float:
-    """Largest memory use of this process so far, MiB: on the GPU what torch allocated, on a CPU the resident set."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _initialize(policy: PolicyModel, spec: LearnerSpec, *, trainable: bool = True, load_universal: bool = False) -> Any:
