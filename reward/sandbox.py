@@ -361,7 +361,7 @@ def _read_reply(reply: Message) -> tuple[Verdict, str, float | None, float | Non
     reward: Any = reply.get("reward")
     detail = str(reply.get("detail", ""))
     try:
-        verdict = Verdict(reply.get("verdict"))
+        verdict = Verdict(str(reply["verdict"]))
         return verdict, detail, None if reward is None else float(reward), float(reply["seconds"])
     except (KeyError, TypeError, ValueError) as error:
         return Verdict.CRASH, f"the child answered nonsense: {error!r}", None, None
