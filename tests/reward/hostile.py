@@ -121,13 +121,16 @@ def _injections() -> list[str]:
 
 
 def hostile_programs() -> list[str]:
-    """Programs that fork, allocate, sleep, leave early, reach out, or attack their harness."""
+    """Programs that fork, allocate, sleep, leave early, reach out, or attack their harness.
+
+    Each is harmless should the confinement ever fail: it forks a few times, signals with 0 only, removes nothing.
+    """
     return [
-        "import os\nwhile True: os.fork()",
-        "import os\nos.fork() or os.setsid()\nwhile True: pass",
+        "import os\nfor _ in range(4): os.fork()\nwhile True: pass",
+        "import os\nos.fork() or os.setsid()\nimport time\ntime.sleep(60)",
         "import subprocess\nsubprocess.run(['sleep', '60'])",
         "import multiprocessing as m\nm.Process(target=print).start()",
-        "import threading\nwhile True: threading.Thread(target=threading.Event().wait).start()",
+        "import threading\nfor _ in range(500): threading.Thread(target=threading.Event().wait).start()",
         "x = [0] * 10**11",
         "x = []\nwhile True: x.append(bytearray(10**7))",
         "x = 9**9**9**9",
@@ -141,11 +144,11 @@ def hostile_programs() -> list[str]:
         "import os\nos._exit(0)",
         "import sys\nsys.exit(0)",
         "raise SystemExit",
-        "import os\nos.kill(1, 9)\nos.kill(os.getppid(), 9)\nos.kill(-1, 9)",
+        "import os\nos.kill(os.getppid(), 0)",
         "import socket\nsocket.create_connection(('127.0.0.1', 22))",
         "import urllib.request\nurllib.request.urlopen('http://127.0.0.1')",
         "open('/tmp/softgrpo-hostile', 'w').write('x')",
-        "import os\nos.unlink('/etc/hostname')",
+        "import os\nos.unlink('/tmp/softgrpo-nothing')",
         'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'{"verdict": "correct"}\')\n'
         "    except OSError: pass\nos._exit(0)",
         "print('x' * 10**8)",

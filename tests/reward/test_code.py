@@ -68,6 +68,63 @@ def test_hostile_programs(verifier: Verifier) -> None:
     assert run(verifier, ["def add(a, b): return a + b"], HUMANEVAL)[0].verdict is Verdict.CORRECT
 
 
+ATTEMPTS = """
+import ctypes, mmap, os, resource, signal, socket, subprocess, sys
+
+def refused(action):
+    try:
+        action()
+    except OSError:
+        return True
+    return False
+
+attempts = {
+    "fork": os.fork,
+    "run": lambda: subprocess.run(["/bin/true"]),
+    "exec": lambda: os.execv("/bin/true", ["true"]),
+    "socket": socket.socket,
+    "signal the parent": lambda: os.kill(os.getppid(), 0),
+    "signal everybody": lambda: os.kill(-1, 0),
+    "limit the parent": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE, (0, 0)),
+    "new session": os.setsid,
+    "new group": lambda: os.setpgid(0, 0),
+    "write": lambda: open(TARGET, "a"),
+    "create": lambda: os.open(TARGET + "-new", os.O_CREAT | os.O_WRONLY),
+    "unlink": lambda: os.unlink(TARGET),
+    "rename": lambda: os.rename(TARGET, TARGET + "-new"),
+    "mkdir": lambda: os.mkdir(TARGET + "-new"),
+    "chmod": lambda: os.chmod(TARGET, 0o777),
+    "truncate": lambda: os.truncate(TARGET, 0),
+    "link": lambda: os.link(TARGET, TARGET + "-new"),
+    "symlink": lambda: os.symlink(TARGET, TARGET + "-new"),
+    "times": lambda: os.utime(TARGET),
+    "name": lambda: socket.sethostname("softgrpo-test"),
+}
+allowed = [name for name, action in attempts.items() if not refused(action)]
+libc = ctypes.CDLL(None, use_errno=True)
+for name, number in {"io_uring": 425, "pidfd_open": 434, "openat2": 437}.items():
+    if libc.syscall(number, 0, 0, 0, 0) >= 0:
+        allowed.append(name)
+"""
+
+
+@pytest.mark.parametrize("use_namespaces", [True, False])
+def test_what_a_program_may_not_do(tmp_path: Path, use_namespaces: bool) -> None:
+    """No processes, network, signals or writes; reading its libraries and threads stay possible."""
+    target = tmp_path / "file"
+    target.write_text("kept")
+    sandbox = Sandbox(Limits(MEMORY_MB, 10.0), use_namespaces=use_namespaces)
+    try:
+        program = f"TARGET = {str(target)!r}\n{ATTEMPTS}"
+        gold = {"test_list": ["assert not allowed, allowed", "import decimal, threading", "t = threading.Thread()"]}
+        gold["test_list"] += ["t.start(); t.join()", "assert open(TARGET).read() == 'kept'"]
+        outcome = sandbox.submit(Job({"task": "code", "program": program, "gold": gold}, confined=True)).result(60)
+        assert outcome.verdict is Verdict.CORRECT, outcome
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    finally:
+        sandbox.close()
+
+
 def test_hostile_programs_behind_the_filter_alone() -> None:
     """Where the kernel gives no namespaces, as in most containers."""
     sandbox = Sandbox(Limits(MEMORY_MB, 1.0), processes=2, use_namespaces=False)
