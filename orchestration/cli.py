@@ -41,6 +41,9 @@ COMMANDS = (
     Command("train", "train a model from a recipe", "orchestration.cli:train"),
     Command("validate", "check a recipe, its data and its model; start nothing", "orchestration.cli:validate"),
     Command("demo", "train a small model on this machine until it visibly learns", "orchestration.demo:main"),
+    Command(
+        "evaluate", "evaluate a checkpoint on benchmarks, or compare two results", "orchestration.evaluate_command:main"
+    ),
     Command("grade", "grade existing responses through the same verifier as training", "orchestration.grade:main"),
     Command("submit", "run a recipe as a Ray job", "orchestration.submit:main"),
     Command("scale", "change the rollout pool of a running run", "orchestration.scale:main"),
