@@ -40,6 +40,7 @@ class ObjectiveSettings:
     clip_high: float = 0.2
     dual_clip: float | None = 3.0
     importance_cap: float | None = None
+    """Largest weight of a position for the gap between engine and learner; only under `recompute`"""
     entropy_bonus: float = 0.0
     kl_coefficient: float = 0.0
     kl_estimator: KLEstimator = "k3"
@@ -123,16 +124,17 @@ def objective(
     advantages = batch.advantages.to(log_ratio.dtype)
     per_position = policy_loss(log_ratio, advantages, mask, kind=settings.policy_loss, **options)
 
-    # How far the engine's policy is from the learner's view of the same policy, before this update.
+    # How far the engine's policy is from the learner's view of the same policy, before this update. Under `behaviour`
+    # the ratio itself already starts from the engine, so a second weight would count the gap twice.
     gap = _log_ratio(before.candidate_logits, before.log_prob[other], behaviour, batch, settings, soft, other).detach()
     correction = torch.ones_like(gap)
-    if settings.importance_cap is not None:
+    if settings.importance_cap is not None and settings.old_log_density == "recompute":
         correction = importance_weight(gap, torch.zeros_like(gap), settings.importance_cap)
         per_position = per_position * correction
 
     kl = torch.zeros_like(per_position)
     if settings.needs_reference:
-        kl = _reference_kl(new, hidden, weight, batch, settings, soft, other, reference_weight, gather)
+        kl = _reference_kl(new, hidden, weight, batch, settings, soft, other, support, reference_weight, gather)
     entropy = new.entropy if settings.entropy_bonus > 0 else new.entropy.detach()
     kl, entropy = torch.where(mask, kl, 0.0), torch.where(mask, entropy, 0.0)
     parts = {
@@ -222,6 +224,7 @@ def _reference_kl(
     settings: ObjectiveSettings,
     soft: Tensor,
     other: Tensor,
+    support: Tensor,
     reference_weight: Tensor | None,
     gather: Gather | None,
 ) -> Tensor:
@@ -232,7 +235,7 @@ def _reference_kl(
     if settings.kl_estimator != "exact":
         log_ratio = _log_ratio(new.candidate_logits, new.log_prob, reference, batch, settings, soft, other)
         return sampled_kl(log_ratio, estimator=settings.kl_estimator)
-    at_soft = candidate_kl(new.candidate_logits, reference.candidate_logits, batch.retained)
+    at_soft = candidate_kl(new.candidate_logits, reference.candidate_logits, support)
     at_other = torch.zeros_like(new.log_prob)
     if other.numel():
         if reference.hidden is None or reference_weight is None:

@@ -343,6 +343,10 @@ def test_importance_weights_multiply_the_policy_loss() -> None:
         assert statistics.metrics()["objective/importance_weight"] == pytest.approx(float(weights.mean()))
         unweighted, _ = objective(hidden, weight, observed, ObjectiveSettings())
         torch.testing.assert_close(unweighted, losses.sum())
+        clipped = ObjectiveSettings(old_log_density="behaviour")
+        once, _ = objective(hidden, weight, observed, clipped)
+        capped, _ = objective(hidden, weight, observed, replace(clipped, importance_cap=2.0))
+        assert torch.equal(once, capped)
 
 
 def test_soft_statistics_and_unknown_names() -> None:
