@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from orchestration import cli, doctor, submit
-from orchestration.config import load_config
+from orchestration.config import ConfigError, load_config
 from orchestration.kuberay import ClusterShape, render, to_yaml
 from tests.docs.pages import ROOT, commands
 from tests.orchestration.kuberay_recipes import gpu_recipe
@@ -54,8 +54,10 @@ def test_our_commands(words: list[str], tmp_path: Path, monkeypatch: pytest.Monk
         doctor._parser().parse_args(arguments)
     elif command == "kuberay":
         run_kuberay(arguments, tmp_path, monkeypatch)
-    elif command == "grade":
-        assert arguments
+    elif command == "scale":
+        monkeypatch.chdir(tmp_path)  # no run goes on there
+        with pytest.raises(ConfigError, match="no driver runs there"):
+            cli.Command("scale", "", "orchestration.scale:main").load()(arguments)
     else:
         pytest.fail(f"say here how `softgrpo {command}` is checked")
 
