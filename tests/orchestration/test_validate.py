@@ -115,12 +115,13 @@ def test_gold_answers_that_no_response_can_match(tiny_model_dir: Path, tmp_path:
 
 def test_bad_rows_of_all_kinds_share_one_budget(tiny_model_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
-    long = {"question": "w1 " * 40, "answer": "1"}
-    rows = [{"question": "w1", "answer": "1"}, {"question": "w1"}, {"question": "w2", "answer": "\\frac{"}, long]
+    long = {"question": "w1 " * 40, "answer": "A"}
+    rows = [{"question": "w1", "answer": "B"}, {"question": "w1"}, {"question": "w2", "answer": "neither"}, long]
     path.write_text("\n".join(map(json.dumps, rows)))
+    reward = {"rules": {"q": "choice"}}
     with pytest.raises(ConfigError, match=r"3 bad rows.*max_bad_rows=3"):
-        validate(configure(tiny_model_dir, path, data={"max_bad_rows": 2}))
-    assert validate(configure(tiny_model_dir, path, data={"max_bad_rows": 3})).train
+        validate(configure(tiny_model_dir, path, reward=reward, data={"max_bad_rows": 2}))
+    assert validate(configure(tiny_model_dir, path, reward=reward, data={"max_bad_rows": 3})).train
 
 
 def test_missing_weights_are_reported_and_stop_a_run(tiny_model_dir: Path, questions: Path, tmp_path: Path) -> None:
