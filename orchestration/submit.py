@@ -212,6 +212,8 @@ async def _wait_for_end(client: JobSubmissionClient, submission_id: str) -> JobD
             if job.status.is_terminal():
                 return job
         except (OSError, RuntimeError, TimeoutError) as error:  # requests' errors are OSErrors
+            if "does not exist" in str(error):
+                raise ConnectionError(f"the cluster does not know job {submission_id}: was it replaced?") from error
             silent_s = time.monotonic() - reached
             if silent_s > LOST_AFTER_S:
                 raise ConnectionError(
