@@ -3,23 +3,28 @@
     add(request) --> vLLM scheduler --> step() --> rows of payload per request (numpy) --> finished Trajectory
     load_weights(manifest, shards)  between two steps; running requests go on, their new positions carry its version
 
-`EngineSpec` and `engine_environment` are importable without torch and vLLM: the driver builds the one, and the pool
-sets the other before the actor's process imports torch.
+Importing this module imports neither torch nor vLLM: the driver takes `EngineSpec` and `engine_environment` from here.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rollout.engine_spec import (
+    EngineError,
+    EngineSpec,
+    RequestError,
+    engine_environment,
+    resolve_settings,
+)
 from rollout.payload import Recording
 from rollout.request import RequestSettings, RolloutRequest
 from rollout.trajectory import Kind, Trajectory
@@ -27,141 +32,11 @@ from rollout.trajectory import Kind, Trajectory
 if TYPE_CHECKING:
     from rollout.weights import WeightManifest
 
-_logger = logging.getLogger(__name__)
-
-MAX_SEED = 2**63 - 1
+__all__ = ["EngineError", "EngineSpec", "RequestError", "RequestSettings", "SoftEngine", "engine_environment"]
 
 
-class RequestError(ValueError):
-    """A request that this engine cannot serve; the message names the setting, its value and the fix."""
-
-
-class EngineError(RuntimeError):
-    """The engine cannot start or go on."""
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """Everything an engine needs to start: plain data, picklable."""
-
-    model_path: str
-    dtype: str = "bfloat16"
-    trust_remote_code: bool = False
-    seed: int = 0
-    device: Literal["cpu", "cuda"] = "cpu"
-    tensor_parallel_size: int = 1
-    max_num_seqs: int = 128
-    """Requests that decode together."""
-    max_model_len: int = 2048
-    """Longest prompt plus response, tokens."""
-    max_num_batched_tokens: int = 2048
-    kv_cache_memory_bytes: int | None = None
-    """None lets vLLM profile the device."""
-    gpu_memory_utilization: float = 0.85
-    enforce_eager: bool = False
-    block_size: int | None = None
-    """Tokens per KV block; None is vLLM's choice."""
-    enable_prefix_caching: bool = True
-    num_threads: int = 1
-    """OpenMP threads of one engine process on a CPU."""
-    end_of_thinking_id: int | None = None
-    """Needed for soft requests."""
-    soft: dict[str, Any] = field(default_factory=dict)
-    """Fields of `SoftTokenParams`."""
-    answer_temperature: float = 1.0
-    answer_top_p: float = 1.0
-    answer_top_k: int = -1
-    max_new_tokens: int = 1024
-    thinking_budget: int = 1024
-    """Soft positions after which the end of thinking is forced; also the length of the per-request history."""
-    eos_while_thinking: Literal["stop", "forbid"] = "stop"
-    initial_version: int = 0
-    """Policy version of the checkpoint at `model_path`."""
-
-
-def engine_environment(spec: EngineSpec) -> dict[str, str]:
-    """Environment of a process that runs this engine; must be set before it imports torch."""
-    environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: the engine is stepped by our thread
-        "VLLM_USE_V2_MODEL_RUNNER": "1",  # V1 knows no model states; without Triton vLLM would choose it
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if Path(spec.model_path).is_dir():
-        environment["HF_HUB_OFFLINE"] = "1"
-    if spec.device == "cpu":
-        environment |= {
-            "OMP_NUM_THREADS": str(spec.num_threads),
-            # "auto" pins every engine of a machine to the same first core.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_TARGET_DEVICE": "cpu",
-        }
-        if spec.enforce_eager:
-            # enforce_eager does not cover vLLM's decorated helpers: their first batch took up to half a minute.
-            environment["TORCHDYNAMO_DISABLE"] = "1"
-    return environment
-
-
-def resolve_settings(spec: EngineSpec, request: RolloutRequest, settings: RequestSettings | None) -> dict[str, Any]:
-    """The numbers that one request runs with (`settings` before the request's own before the engine's).
-
-    Raises `RequestError` naming what is out of range.
-    """
-    defaults = {
-        "temperature": spec.soft.get("temperature", 1.0),
-        "top_k": spec.soft.get("top_k", 5),
-        "top_p": spec.soft.get("top_p", 0.95),
-        "min_p": spec.soft.get("min_p", 0.0),
-        "gumbel_temperature": spec.soft.get("gumbel_temperature", 0.1),
-        "noise_scale": spec.soft.get("noise_scale", 1.0),
-        "thinking_budget": min(spec.thinking_budget, spec.max_new_tokens),
-        "max_new_tokens": spec.max_new_tokens,
-        "answer_temperature": spec.answer_temperature,
-        "answer_top_p": spec.answer_top_p,
-        "answer_top_k": spec.answer_top_k,
-    }
-    chosen = settings or request.settings or RequestSettings()
-    given = {name: value for name, value in asdict(chosen).items() if value is not None}
-    values = {**defaults, **given}
-    problems = list(_range_problems(spec, request, values))
-    if problems:
-        raise RequestError(f"request {request.request_id}: " + "; ".join(problems))
-    return values
-
-
-def _range_problems(spec: EngineSpec, request: RolloutRequest, values: dict[str, Any]) -> list[str]:
-    prompt_len, new_tokens = len(request.prompt_ids), values["max_new_tokens"]
-    problems = []
-
-    def need(holds: bool, name: str, what: str) -> None:
-        if not holds:
-            problems.append(f"{name}={values[name]}: {what}")
-
-    if not prompt_len:
-        problems.append("the prompt is empty")
-    if request.seed is None or not 0 <= request.seed <= MAX_SEED:
-        problems.append(f"seed={request.seed}: needs an integer in [0, 2^63); see rollout.request.sample_seed")
-    if prompt_len + new_tokens > spec.max_model_len:
-        problems.append(
-            f"prompt of {prompt_len} tokens plus max_new_tokens={new_tokens} exceeds max_model_len={spec.max_model_len}"
-        )
-    need(new_tokens >= 1, "max_new_tokens", "at least 1")
-    need(values["answer_temperature"] >= 0, "answer_temperature", "must be >= 0 (0 is greedy)")
-    need(0 < values["answer_top_p"] <= 1, "answer_top_p", "must be in (0, 1]")
-    if request.thinking == "discrete":
-        return problems
-    if spec.end_of_thinking_id is None:
-        problems.append("thinking=soft, but the engine has no end_of_thinking_id; set model.end_of_thinking")
-    num_columns = spec.soft.get("max_candidates", 5)
-    need(1 <= values["thinking_budget"] <= spec.thinking_budget, "thinking_budget", f"1 to {spec.thinking_budget}")
-    need(1 <= values["top_k"] <= num_columns, "top_k", f"1 to max_candidates={num_columns}")
-    need(values["temperature"] >= 0, "temperature", "must be >= 0 (0 is greedy)")
-    need(values["gumbel_temperature"] > 0, "gumbel_temperature", "must be > 0")
-    need(0 < values["top_p"] <= 1, "top_p", "must be in (0, 1]")
-    need(0 <= values["min_p"] < 1, "min_p", "must be in [0, 1)")
-    need(values["noise_scale"] >= 0, "noise_scale", "must be >= 0")
-    return problems
+CPU_KV_CACHE_BYTES = 512 * 2**20
+"""Where the size is left open: profiling a CPU would claim most of the machine's memory for one actor."""
 
 
 class SoftEngine:
@@ -254,7 +129,7 @@ class SoftEngine:
             "max_num_seqs": spec.max_num_seqs,
             "max_model_len": spec.max_model_len,
             "max_num_batched_tokens": max(spec.max_num_batched_tokens, spec.max_num_seqs),
-            "kv_cache_memory_bytes": spec.kv_cache_memory_bytes,
+            "kv_cache_memory_bytes": spec.kv_cache_memory_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
             "gpu_memory_utilization": spec.gpu_memory_utilization,
             "enforce_eager": spec.enforce_eager or on_cpu,
             "enable_prefix_caching": spec.enable_prefix_caching,

@@ -12,7 +12,6 @@ Decoding, resuming after preemption and continuing a recorded prefix are therefo
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,6 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from rollout.soft_token import mix_embeddings, partial_mixture
 from rollout.vllm_soft import CONFIG_KEY, REQUEST_KEY, SeamError, refuse_unsupported
-
-_logger = logging.getLogger(__name__)
 
 NOT_THINKING = -1
 _FLOATS = ("temperature", "top_p", "min_p", "gumbel_temperature", "noise_scale")

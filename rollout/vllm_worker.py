@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,6 @@ else:
 
 if TYPE_CHECKING:
     from rollout.weights import WeightManifest
-
-_logger = logging.getLogger(__name__)
 
 
 class SoftWorker(PlatformWorker):  # type: ignore[misc, valid-type]

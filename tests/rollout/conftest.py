@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from rollout.engine import EngineSpec, RequestSettings, SoftEngine, resolve_settings
+from rollout.engine import EngineSpec, RequestSettings, SoftEngine
+from rollout.engine_spec import resolve_settings
 from rollout.request import RolloutRequest
 from rollout.trajectory import Trajectory
 from tests.conftest import build_tiny_model
