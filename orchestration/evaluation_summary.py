@@ -138,7 +138,7 @@ def statistics_table(results: Mapping[tuple[str, str], ArmStatistics]) -> list[s
 
 def comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
     """Differences with intervals, and whether any of them is more than noise."""
-    rows = [("benchmark", "difference", "value", "points", f"{LEVEL:.0%} interval", "p", "")]
+    rows: list[tuple[str, ...]] = [("benchmark", "difference", "value", "points", f"{LEVEL:.0%} interval", "p", "")]
     tests = 0
     found = 0
     for comparison in comparisons:
