@@ -22,6 +22,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from orchestration.failures import ActorLost, GroupFailed
 from orchestration.run_state import RunDirectory, RunState
 from orchestration.slots import Phase, Slots
 from orchestration.step_metrics import FinishedGroup, StepMetrics
+from orchestration.watchdog import waiting_for
 from rollout.request import GroupSummary, RolloutRequest, sample_seed
 
 if TYPE_CHECKING:
@@ -130,7 +132,8 @@ class Controller:
         feeder.add_done_callback(self._background_ended)
         try:
             while self.step < self.config.steps:
-                group_ids = await self._next_batch()
+                with _watched(f"groups for step {self.step + 1}", self.config.pipeline.group_deadline_s):
+                    group_ids = await self._next_batch()
                 if group_ids is None:
                     break
                 try:
@@ -245,7 +248,8 @@ class Controller:
             self._metrics.observe(group, self.slots.age(group_id))
         self.slots.start_training(group_ids)
         groups = [group.scored(self.config.reward.on_failure) for group in finished]
-        learned = await self.parts.learner.train(groups, self.step)
+        with _watched(f"step {self.step + 1} on the learner", self.config.learner.step_timeout_s):
+            learned = await self.parts.learner.train(groups, self.step)
         self._metrics.update(learned)
         self._metrics.add("time/train_s", _now() - started)
         await self._publish(version + 1)
@@ -258,7 +262,8 @@ class Controller:
     async def _publish(self, version: int) -> None:
         """Put the learner's weights into the object store and free the slots of the batch they came from."""
         started = _now()
-        weights = await self.parts.learner.publish(version)
+        with _watched(f"version {version} from the learner", self.config.pipeline.sync_timeout_s):
+            weights = await self.parts.learner.publish(version)
         for group_id in self.slots.publish(version):
             self._uncommitted.append(self._visits.pop(group_id))
             del self._complete[group_id]
@@ -335,6 +340,11 @@ class Controller:
         self.parts.verifier.raise_if_broken()
         if self._failure is not None:
             raise self._failure
+
+
+def _watched(what: str, deadline_s: float) -> AbstractContextManager[None]:
+    """Half of a deadline gone is worth a report of the watchdog."""
+    return waiting_for(what, who="controller", deadline_s=deadline_s / 2)
 
 
 def _now() -> float:
