@@ -7,10 +7,12 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from orchestration.config import Config, ConfigError
 from orchestration.machine import num_cpus
-from orchestration.plan import source_path
+from orchestration.failures import within
+from orchestration.plan import POOL_LABEL, Plan, source_path
 from orchestration.validate import pool_needs, uses_local_cluster
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,33 @@ def connected(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def labelled_pools() -> frozenset[str]:
+    """Pools for which this cluster has nodes of their own (label `rl/pool`)."""
+    import ray
+
+    labels = (node.get("Labels", {}).get(POOL_LABEL) for node in ray.nodes() if node["Alive"])
+    return frozenset(label for label in labels if label)
+
+
+async def reserve_learner(plan: Plan) -> dict[str, Any]:
+    """Ray options of a learner rank inside one placement group: all ranks get their place, or none.
+
+    Raises `DeadlineExceeded` where the cluster has no room within the start-up deadline.
+    """
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    options = dict(plan.learner_options)
+    bundle = {"CPU": options["num_cpus"], "GPU": options["num_gpus"]}
+    bundles = [{name: amount for name, amount in bundle.items() if amount}] * plan.learner.world_size
+    selector = options.pop("label_selector", None)
+    selectors = [selector] * len(bundles) if selector else None
+    group = placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
+    what = f"a place for {len(bundles)} learner ranks of {bundles[0]} (is the cluster large enough?)"
+    await within(group.ready(), plan.learner.startup_timeout_s, what)
+    return {**options, "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=group)}
 
 
 def _check_capacity(config: Config) -> None:

@@ -19,6 +19,10 @@ CONTROL_CALLS = 1000
 """Concurrent calls of a rollout actor: one per group in flight, and pings and weight updates beside them."""
 
 
+POOL_LABEL = "rl/pool"
+"""Node label with the pool that a node is for; nodes without it take anything."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Specs and Ray actor options of the three pools."""
@@ -31,8 +35,11 @@ class Plan:
     verifier_options: dict[str, Any]
 
 
-def make_plan(resolved: Resolved, initial_version: int) -> Plan:
-    """What to start for this configuration; `resolved` must be complete."""
+def make_plan(resolved: Resolved, initial_version: int, labelled: frozenset[str] = frozenset()) -> Plan:
+    """What to start for this configuration; `resolved` must be complete.
+
+    A pool named in `labelled` goes to the nodes with the label `rl/pool: <pool>` only; the others wherever they fit.
+    """
     config = resolved.config
     engine = engine_spec(resolved, initial_version)
     return Plan(
@@ -41,17 +48,20 @@ def make_plan(resolved: Resolved, initial_version: int) -> Plan:
         verifier=verifier_spec(config),
         engine_options={
             **_resources(config.rollout.num_cpus, engine_gpus(config)),
+            **_on_nodes_of("rollout", labelled),
             "max_concurrency": CONTROL_CALLS,
             "runtime_env": {"env_vars": {**source_path(), POOL_VARIABLE: "rollout", **engine_environment(engine)}},
         },
         learner_options={
             **_resources(config.learner.num_cpus, config.learner.num_gpus),
+            **_on_nodes_of("learner", labelled),
             "runtime_env": {
                 "env_vars": {**source_path(), POOL_VARIABLE: "learner", **_threads(config.learner.num_cpus)}
             },
         },
         verifier_options={
             **_resources(config.reward.num_cpus, 0),
+            **_on_nodes_of("verifier", labelled),
             "max_concurrency": config.reward.processes_per_actor + 1,
             "runtime_env": {"env_vars": {**source_path(), POOL_VARIABLE: "verifier", **_threads(1)}},
         },
@@ -176,6 +186,10 @@ def verifier_spec(config: Config) -> VerifierSpec:
 
 def _resources(num_cpus: float, num_gpus: float) -> dict[str, Any]:
     return {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_restarts": 0, "max_task_retries": 0}
+
+
+def _on_nodes_of(pool: str, labelled: frozenset[str]) -> dict[str, Any]:
+    return {"label_selector": {POOL_LABEL: pool}} if pool in labelled else {}
 
 
 def _threads(num_cpus: float) -> dict[str, str]:

@@ -20,7 +20,7 @@ import ray
 from learner.group import LearnerGroup
 from learner.spec import LearnerError
 from orchestration.cli import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED
-from orchestration.cluster import connected
+from orchestration.cluster import connected, labelled_pools, reserve_learner
 from orchestration.config import Config
 from orchestration.controller import Controller, Parts
 from orchestration.dataset import PromptStream, Visit, dataset_digest
@@ -90,11 +90,10 @@ class TrainingRun:
         self.stream = PromptStream(self.prompts.rows, seed=self.config.seed, shuffle=self.config.data.shuffle)
         self.checkpoint = directory.latest_checkpoint() if resume else None
         self.state = load_state(self.checkpoint) if self.checkpoint else None
-        self.plan = make_plan(resolved, initial_version=0)
+        self.plan = make_plan(resolved, initial_version=0, labelled=labelled_pools())
         self.tracker = Tracker.open(self.config, datasets=[_describe_dataset(resolved)])
         self.exporter = MetricsExporter(self.config.name)
         self.watchdog = Watchdog()
-        self.learner = LearnerGroup(self.plan.learner, self.plan.learner_options)
         self.controller: Controller | None = None
         self.evaluation: RunEvaluation | None = None
         self.stopping = False
@@ -178,6 +177,7 @@ class TrainingRun:
     async def _start(self) -> None:
         """Bring up the three pools at once; a resumed policy reaches the rollout actors before they serve."""
         config = self.config
+        self.learner = LearnerGroup(self.plan.learner, await reserve_learner(self.plan))
         self.rollout = make_rollout_pool(config, self.plan)
         self.verifier = make_verifier_pool(config, self.plan)
         checkpoint = self.checkpoint / "learner" if self.checkpoint else None
@@ -268,10 +268,9 @@ class TrainingRun:
             logger.error("no checkpoint at the end: %s", error)
 
     def _kill_pools(self) -> None:
-        for name in ("rollout", "verifier"):
+        for name in ("rollout", "verifier", "learner"):
             if pool := getattr(self, name, None):
                 pool.kill()
-        self.learner.kill()
 
     def _fresh_directory(self, name: str) -> Path:
         path = self.directory.path / name
