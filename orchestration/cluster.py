@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from orchestration.config import Config, ConfigError
-from orchestration.machine import num_cpus
 from orchestration.failures import within
+from orchestration.machine import num_cpus
 from orchestration.plan import POOL_LABEL, Plan, source_path
 from orchestration.validate import pool_needs, uses_local_cluster
 
