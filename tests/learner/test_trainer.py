@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from learner.likelihood import soft_log_ratio
+from learner.replay import Sample, plan_step
 from learner.spec import LearnerError, ReplayError, ScoredGroup
 from learner.trainer import Trainer
-from rollout.trajectory import pack, unpack
+from rollout.trajectory import Kind, pack, unpack
 from tests.learner.handmade import learner_spec, make_group
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_rank")]
@@ -47,6 +50,83 @@ def test_steps_raise_the_probability_of_what_was_rewarded(tiny_model_dir: Path) 
     assert first["learner/zero_advantage_groups"] == 0
     assert first["objective/ratio_mean_thinking"] == first["objective/ratio_max"] == 1.0
     assert all(math.isfinite(value) for value in first.values())
+
+
+def naive_gradient_norm(model_dir: Path, samples: Sequence[Sample], answer_temperature: float) -> float:
+    """The first step's gradient, sequence by sequence, with the full logits of a plain transformers model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    table = model.get_input_embeddings().weight
+    loss = torch.zeros(())
+    for sample in samples:
+        t = sample.trajectory
+        ids = torch.tensor([*t.prompt_ids.tolist(), *t.response_ids.tolist()])
+        inputs = list(table[ids[:-1]])
+        prompt, soft = len(t.prompt_ids), [i for i, kind in enumerate(t.kinds) if kind == Kind.SOFT]
+        for row, position in enumerate(soft):
+            mixture = (
+                torch.tensor(t.weights[row]) @ table.detach()[torch.tensor(t.candidate_ids[row], dtype=torch.int64)]
+            )
+            inputs[prompt + position] = mixture
+        logits = model(inputs_embeds=torch.stack(inputs)[None]).logits[0, prompt - 1 :]
+        discrete = torch.tensor(t.kinds == Kind.DISCRETE)
+        logits = logits / torch.where(discrete, answer_temperature, 1.0)[:, None]
+        log_ratio = logits.log_softmax(-1).gather(-1, ids[prompt:, None])[:, 0]
+        log_ratio = log_ratio - log_ratio.detach()
+        candidates = logits[soft].gather(-1, torch.tensor(t.candidate_ids, dtype=torch.int64))
+        at_soft = soft_log_ratio(
+            candidates,
+            candidates.detach(),
+            torch.tensor(t.candidate_logprobs + t.noise),
+            torch.tensor(np.isfinite(t.candidate_logprobs)),
+            likelihood="censored",
+            threshold=torch.tensor(t.censor_threshold),
+        )
+        log_ratio = log_ratio.index_copy(0, torch.tensor(soft), at_soft)
+        loss = loss - (sample.advantage * sample.position_weight * log_ratio.exp()).sum()
+    loss.backward()
+    return float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm())
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_gradient_is_that_of_a_naive_loop(tiny_model_dir: Path, gradient_checkpointing: bool) -> None:
+    spec = learner_spec(
+        tiny_model_dir,
+        answer_temperature=1.3,
+        aggregation="sequence_mean",
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    groups = [make_group(seed) for seed in range(2)]
+    (samples,) = plan_step(groups, spec, 64).mini_batches
+    expected = naive_gradient_norm(tiny_model_dir, samples, 1.3)
+    assert Trainer(spec, rank=0).train(groups, 0)["learner/grad_norm"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"likelihood": "none"},
+        {"likelihood": "none", "kl_coefficient": 0.1, "kl_estimator": "exact"},
+        {"likelihood": "argmax", "policy_loss": "sapo"},
+        {"likelihood": "reference", "policy_loss": "cispo", "advantage": "rloo"},
+        {"likelihood": "concrete", "policy_loss": "gspo", "advantage": "bnpo"},
+        {"likelihood": "gumbel", "epochs": 2, "advantage": "reinforce"},
+        {"likelihood": "dirichlet", "noise": "dirichlet", "aggregation": "constant"},
+        {"old_log_density": "behaviour", "importance_cap": 2.0, "entropy_bonus": 0.01},
+        {"differentiate_soft_inputs": True, "kl_coefficient": 0.1, "kl_estimator": "k1"},
+        {"lora_rank": 2, "gradient_checkpointing": True, "kl_coefficient": 0.1, "kl_estimator": "exact"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_option_reaches_the_step(options: dict[str, object], tiny_model_dir: Path) -> None:
+    groups = [make_group(seed) for seed in range(2)]
+    trainer = Trainer(learner_spec(tiny_model_dir, mini_batches=2, **options), rank=0)
+    before = weights_of(trainer)
+    metrics = trainer.train(groups, 0)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["learner/skipped_steps"] == 0 and metrics["learner/grad_norm"] > 0
+    assert any(not torch.equal(before[name], weight) for name, weight in weights_of(trainer).items())
 
 
 def test_steps_must_follow_each_other(tiny_model_dir: Path) -> None:
