@@ -39,15 +39,15 @@ class Head:
 
 
 @contextmanager
-def ray_head(*options: str) -> Iterator[Head]:
+def ray_head(num_cpus: int = 0) -> Iterator[Head]:
     """A head whose token is the one in RAY_AUTH_TOKEN_PATH; nothing of the real home is touched."""
     gcs, dashboard, agent, metrics, client = free_ports(5)
     home = Path(tempfile.mkdtemp(prefix="sg"))  # short: Ray's socket paths are limited to 107 bytes
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=0"),
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--num-cpus={num_cpus}"),
         *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
         *(f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}", f"--temp-dir={home}"),
-        *("--disable-usage-stats", "--include-dashboard=true", *options),
+        *("--disable-usage-stats", "--include-dashboard=true"),
     ]
     environment = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token"}
     log = (home / "start.log").open("wb")
