@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
-from reward import confinement, seccomp
+from reward import confinement, landlock, seccomp
 from reward.verdict import Verdict
 
 MAX_PROGRAM_CHARS = 64_000
@@ -178,6 +178,8 @@ def _run_process(work: Callable[[Callable[[bytes], None]], None], given: str) ->
         return Verdict.CORRECT, output
     if status == _FAILED:
         return Verdict.INCORRECT, output
+    if status == _NOT_CONFINED:
+        return Verdict.CRASH, b"the program could not be confined and was not run: " + output
     if status == _NO_MEMORY:
         return Verdict.OUT_OF_MEMORY, b"the memory limit was met"
     if status == -signal.SIGXCPU:
@@ -187,12 +189,12 @@ def _run_process(work: Callable[[Callable[[bytes], None]], None], given: str) ->
     return Verdict.INCORRECT, f"exit status {status}".encode()
 
 
-_FAILED, _NO_MEMORY = 81, 82
+_FAILED, _NO_MEMORY, _NOT_CONFINED = 81, 82, 83
 
 
 def _become_program(work: Callable[[Callable[[bytes], None]], None], writer: int, standard_input: int) -> NoReturn:
     """In the forked process: give up everything, run, leave. Nothing of ours runs after this."""
-    code = _FAILED
+    code = _NOT_CONFINED
     messages: list[bytes] = []
     try:
         os.dup2(standard_input, 0)
@@ -201,7 +203,10 @@ def _become_program(work: Callable[[Callable[[bytes], None]], None], writer: int
         sys.stdout = sys.stderr = io.StringIO()
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         confinement.drop_capabilities()
+        if landlock.is_supported():
+            landlock.restrict(landlock.readable_paths())
         seccomp.install()
+        code = _FAILED
         work(messages.append)
         code = 0
     except MemoryError:

@@ -3,7 +3,8 @@
 Level 1, every child: own process group, address-space, CPU, file and core limits, no new privileges, scrubbed
 environment, death with its parent. It bounds what trusted parsers do with hostile text.
 Level 2, model-written programs: a system-call filter (`reward.seccomp`, required), no capabilities and, where the
-kernel allows it, user, process, network, mount and IPC namespaces of their own with a read-only file system.
+kernel allows it, read access to libraries only (`reward.landlock`) and user, process, network, mount and IPC namespaces
+of their own with a read-only file system.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from reward import seccomp
+from reward import landlock, seccomp
 from reward.children import STARVED_CPU_S, Child, ForkServer, ServerDiedError
 from reward.confinement import Limits
 from reward.fork_server import ServerOptions
@@ -101,10 +101,13 @@ class Sandbox:
 
     @property
     def isolation(self) -> str:
-        """What keeps a model's program in: `namespaces` and the system-call filter, the `filter` alone, or `none`."""
-        if not seccomp.is_supported():
-            return "none: programs are refused"
-        return "namespaces" if self._dispatcher.has_namespaces else "filter"
+        """What keeps a model's program in: of `filter+landlock+namespaces` what works here; `none` refuses it."""
+        layers = {
+            "filter": seccomp.is_supported(),
+            "landlock": landlock.is_supported(),
+            "namespaces": self._dispatcher.has_namespaces,
+        }
+        return "+".join(name for name, works in layers.items() if works) if layers["filter"] else "none"
 
     def close(self) -> None:
         """Kill all children and end the thread."""

@@ -49,7 +49,7 @@ def test_actor_grades_beside_a_bomb_and_takes_its_children_with_it(ray_local: No
 
     actor = ray.remote(VerifierActor).options(max_concurrency=4, num_cpus=0.5).remote(VerifierSpec(2, 3.0, MEMORY_MB))
     ready = ray.get(actor.ready.remote(), timeout=60)
-    assert ready["program_isolation"] in ("namespaces", "filter")
+    assert ready["program_isolation"].startswith("filter")
     stuck = actor.score.remote(ray.put(batch_of([TOWER])), "42", "math")
     began = time.monotonic()
     texts = [r"\boxed{6\cdot 7}", r"\boxed{7}", r"\boxed{\frac}"]

@@ -7,7 +7,8 @@ from typing import Any
 import psutil
 import pytest
 
-from reward.code_tests import TestsError, extract_program, read_tests
+from reward import landlock
+from reward.code_tests import TestsError, extract_program, read_tests, run_tests
 from reward.confinement import Limits
 from reward.extraction import Answer
 from reward.sandbox import Job, Sandbox
@@ -98,7 +99,7 @@ attempts = {
     "link": lambda: os.link(TARGET, TARGET + "-new"),
     "symlink": lambda: os.symlink(TARGET, TARGET + "-new"),
     "times": lambda: os.utime(TARGET),
-    "name": lambda: socket.sethostname("softgrpo-test"),
+    "host name": lambda: socket.sethostname("softgrpo-test"),
 }
 allowed = [name for name, action in attempts.items() if not refused(action)]
 libc = ctypes.CDLL(None, use_errno=True)
@@ -117,10 +118,32 @@ def test_what_a_program_may_not_do(tmp_path: Path, use_namespaces: bool) -> None
     try:
         program = f"TARGET = {str(target)!r}\n{ATTEMPTS}"
         gold = {"test_list": ["assert not allowed, allowed", "import decimal, threading", "t = threading.Thread()"]}
-        gold["test_list"] += ["t.start(); t.join()", "assert open(TARGET).read() == 'kept'"]
+        gold["test_list"] += ["t.start(); t.join()", "import json.tool, numpy"]
         outcome = sandbox.submit(Job({"task": "code", "program": program, "gold": gold}, confined=True)).result(60)
         assert outcome.verdict is Verdict.CORRECT, outcome
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    finally:
+        sandbox.close()
+
+
+@pytest.mark.skipif(not landlock.is_supported(), reason="this kernel has no Landlock")
+def test_a_program_reads_nothing_but_libraries(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("key")
+    program = (
+        "import os\nread = []\n"
+        f"for path in [{str(secret)!r}, '/proc/self/environ', f'/proc/{{os.getppid()}}/environ', '/etc/passwd']:\n"
+        "    try: read.append(open(path).read())\n"
+        "    except PermissionError: pass\n"
+        "for path in ['/', '/proc', '/tmp', os.getcwd()]:\n"
+        "    try: read.append(os.listdir(path))\n"
+        "    except PermissionError: pass\n"
+    )
+    gold = {"test_list": ["assert not read, read", "import sqlite3, zoneinfo"]}
+    sandbox = Sandbox(Limits(MEMORY_MB, 10.0), use_namespaces=False)
+    try:
+        outcome = sandbox.submit(Job({"task": "code", "program": program, "gold": gold}, confined=True)).result(60)
+        assert outcome.verdict is Verdict.CORRECT, outcome
     finally:
         sandbox.close()
 
@@ -130,7 +153,7 @@ def test_hostile_programs_behind_the_filter_alone() -> None:
     sandbox = Sandbox(Limits(MEMORY_MB, 1.0), processes=2, use_namespaces=False)
     server = psutil.Process(sandbox.stats()["server_pid"])
     try:
-        assert sandbox.isolation == "filter"
+        assert "filter" in sandbox.isolation and "namespaces" not in sandbox.isolation
         programs = [*hostile_programs(), "def add(a, b): return a + b"]
         gold = HUMANEVAL | {"prompt": ""}
         jobs = [Job({"task": "code", "program": program, "gold": gold}, confined=True) for program in programs]
@@ -141,6 +164,17 @@ def test_hostile_programs_behind_the_filter_alone() -> None:
         assert sandbox.stats()["server_deaths"] == 0 and not Path("/tmp/softgrpo-hostile").exists()
     finally:
         sandbox.close()
+
+
+def test_an_unconfined_program_is_a_crash_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process's own child: what cannot be confined must not look like a wrong answer."""
+
+    def refuse() -> None:
+        raise OSError("no such call")
+
+    monkeypatch.setattr("reward.seccomp.install", refuse)
+    verdict, detail = run_tests("def add(a, b): return a + b", read_tests(HUMANEVAL))
+    assert verdict is Verdict.CRASH and "could not be confined" in detail and "no such call" in detail
 
 
 def test_hostile_programs_on_standard_input(verifier: Verifier) -> None:

@@ -177,6 +177,7 @@ def test_no_secret_reaches_a_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     secrets = ("RAY_AUTH_TOKEN", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MY_OWN_API_KEY")
     for name in secrets:
         monkeypatch.setenv(name, canary)
+    neighbour = subprocess.Popen(["sleep", "60"], env={"TOKEN": canary})
     secret_file = (tmp_path / "secret").open("w+")
     os.set_inheritable(secret_file.fileno(), True)
     rule = "tests.reward.user_rules:show_environment"
@@ -199,6 +200,8 @@ def test_no_secret_reaches_a_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     finally:
         sandbox.close()
         secret_file.close()
+        neighbour.kill()
+        neighbour.wait(WAIT_S)
 
 
 def test_frames_survive_any_cut() -> None:
