@@ -47,6 +47,8 @@ class SoftSampler(Sampler):  # type: ignore[misc]
         self._on_host = state.device.type == "cpu"
         forbidden = state.settings.forbidden_while_thinking
         self._forbidden = torch.tensor(forbidden, device=state.device) if forbidden else None
+        # The draw is some hundred small operations on [rows, K]: a CPU does not mind, a GPU would wait for launches.
+        self._fused = torch.compile(sample_soft_tokens, dynamic=True) if state.fuse else None
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """Stock bookkeeping; the logprob columns of our requests are written here, not by the stock sampler."""
@@ -186,11 +188,12 @@ class SoftSampler(Sampler):  # type: ignore[misc]
             log_epsilon=settings.log_epsilon,
         )
         noise = CounterNoise(table.seed.gpu[slots], step)
+        sample = self._fused or sample_soft_tokens
         if self._forbidden is None:
-            return sample_soft_tokens(logits, params, noise)
+            return sample(logits, params, noise)
         kept = logits[:, self._forbidden]
         logits[:, self._forbidden] = -math.inf
-        drawn = sample_soft_tokens(logits, params, noise)
+        drawn = sample(logits, params, noise)
         logits[:, self._forbidden] = kept
         return drawn
 

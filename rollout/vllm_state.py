@@ -127,9 +127,13 @@ class SoftModelState(DefaultModelState):  # type: ignore[misc]
         self._embedding = model.model.embed_tokens
         self._tensor_parallel = get_tp_group().world_size > 1
         self._on_host = device.type == "cpu"
+        self.fuse = not (self._on_host or vllm_config.model_config.enforce_eager)
+        """Compile the small operations around the model into few kernels."""
+        self._mix_rows = torch.compile(mix_embeddings, dynamic=True) if self.fuse else mix_embeddings
+        self._mix_shard = torch.compile(partial_mixture, dynamic=True) if self.fuse else partial_mixture
         # Graphs replay from this buffer; eager execution takes whatever tensor prepare_inputs returns.
         self._static_embeds: Tensor | None = None
-        if not (self._on_host or vllm_config.model_config.enforce_eager):
+        if self.fuse:
             shape = (self.max_num_tokens, self.inputs_embeds_size)
             self._static_embeds = torch.zeros(shape, dtype=self.dtype, device=device)
         self.check_embedding()
@@ -231,10 +235,10 @@ class SoftModelState(DefaultModelState):  # type: ignore[misc]
     def _mix(self, ids: Tensor, weights: Tensor) -> Tensor:
         """Mixtures [rows, H] in the model's dtype of candidates [rows, K]: fp32 sum, one rounding."""
         if not self._tensor_parallel:
-            return mix_embeddings(self._embedding.weight, ids, weights)
+            return self._mix_rows(self._embedding.weight, ids, weights)
         shard = self._embedding.shard_indices
         start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
-        part = partial_mixture(self._embedding.weight, ids, weights, start, end)
+        part = self._mix_shard(self._embedding.weight, ids, weights, start, end)
         return tensor_model_parallel_all_reduce(part).to(self.dtype)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
