@@ -45,6 +45,7 @@ COMMANDS = (
         "evaluate", "evaluate a checkpoint on benchmarks, or compare two results", "orchestration.evaluate_command:main"
     ),
     Command("grade", "grade existing responses through the same verifier as training", "orchestration.grade:main"),
+    Command("report", "write one HTML page about a run and its evaluations", "orchestration.report:main"),
     Command("submit", "run a recipe as a Ray job", "orchestration.submit:main"),
     Command("scale", "change the rollout pool of a running run", "orchestration.scale:main"),
     Command("doctor", "say what would stop a run on this machine, and the fix", "orchestration.doctor:main"),

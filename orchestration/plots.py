@@ -24,7 +24,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("reward (mean of the step's responses)", "reward/mean", highest=1.0),
+    Panel("reward (mean of the step's responses)", "reward/mean", highest=1.03),
     Panel("response length (tokens)", "rollout/length_mean"),
     Panel("entropy of the thinking tokens (nats)", "rollout/entropy"),
     Panel("staleness (versions; thin: oldest)", "staleness/mean", upper="staleness/max"),
