@@ -32,11 +32,13 @@ EXIT_DONE, EXIT_CONFIG = 0, 2
 
 def main(arguments: Sequence[str]) -> int:
     """Run one of the two; problems go to stderr, exit code 2."""
-    parser = _parser()
-    namespace = parser.parse_args(arguments)
-    if namespace.action == "render":
-        return _render(namespace)
-    return _validate(namespace)
+    parser = argparse.ArgumentParser(
+        prog="softgrpo kuberay", description="Kubernetes manifests for KubeRay 1.5 to 1.7."
+    )
+    parser.add_argument("action", choices=["render", "validate"], help="`softgrpo kuberay ACTION --help` says more")
+    if parser.parse_args(arguments[:1]).action == "render":
+        return _render(_render_parser().parse_intermixed_args(arguments[1:]))
+    return _validate(_validate_parser().parse_args(arguments[1:]))
 
 
 def validate_text(text: str, nodes: Mapping[str, Node], source: str) -> tuple[list[Problem], list[Problem], str]:
@@ -143,32 +145,41 @@ def _shape(namespace: argparse.Namespace) -> ClusterShape:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _render_parser() -> argparse.ArgumentParser:
     default = ClusterShape()
-    parser = argparse.ArgumentParser(
-        prog="softgrpo kuberay", description="Kubernetes manifests for KubeRay 1.5 to 1.7."
-    )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="render|validate")
-    one = actions.add_parser("render", help="print manifests for a recipe")
-    one.add_argument("--config", type=Path, required=True, metavar="FILE", help="a YAML recipe (see configs/)")
-    one.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
-    one.add_argument("--kind", choices=RAY_KINDS, default="RayJob", help="RayCluster for long-lived use")
-    one.add_argument("--output", type=Path, metavar="DIR", help="write a kustomize base instead of printing")
-    one.add_argument(
+    parser = argparse.ArgumentParser(prog="softgrpo kuberay render", description="Print manifests for a recipe.")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a YAML recipe (see configs/)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
+    parser.add_argument("--kind", choices=RAY_KINDS, default="RayJob", help="RayCluster for long-lived use")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write a kustomize base instead of printing")
+    parser.add_argument(
         "--overlay", action="append", default=[], metavar="NAME", help=f"repeatable: {', '.join(overlay_names())}"
     )
-    one.add_argument("--namespace", help="namespace of all objects")
-    one.add_argument("--image", help="default softgrpo:cuda with GPUs, else softgrpo:cpu")
-    one.add_argument("--verifier-image", default=default.verifier_image, help="default %(default)s")
-    one.add_argument("--claim", default=default.claim, help="ReadWriteMany claim (default %(default)s)")
-    one.add_argument("--mount", default=default.mount, help="where the claim is mounted (default %(default)s)")
-    one.add_argument("--working-dir", metavar="URI", help="code archive (default: code.zip on the claim)")
-    one.add_argument("--gpus-per-node", type=int, default=default.gpus_per_node, help="default %(default)s")
-    one.add_argument("--memory", action="append", default=[], metavar="POOL=AMOUNT", help="memory per pod, repeatable")
-    one.add_argument("--backoff-limit", type=int, default=default.backoff_limit, help="retries (default %(default)s)")
-    one.add_argument("--deadline-s", type=int, default=default.deadline_s, help="default %(default)s")
-    two = actions.add_parser("validate", help="check manifests against KubeRay's fields and the operator's rules")
-    two.add_argument("file", type=Path, metavar="FILE", help="multi-document YAML, - for standard input")
-    two.add_argument("--crd", type=Path, metavar="FILE", help="check against this full definition (file or directory)")
-    two.add_argument("--kuberay", metavar="VERSION", help="refuse fields that this release does not know")
+    parser.add_argument("--namespace", help="namespace of all objects")
+    parser.add_argument("--image", help="default softgrpo:cuda with GPUs, else softgrpo:cpu")
+    parser.add_argument("--verifier-image", default=default.verifier_image, help="default %(default)s")
+    parser.add_argument("--claim", default=default.claim, help="ReadWriteMany claim (default %(default)s)")
+    parser.add_argument("--mount", default=default.mount, help="where the claim is mounted (default %(default)s)")
+    parser.add_argument("--working-dir", metavar="URI", help="code archive (default: code.zip on the claim)")
+    parser.add_argument("--gpus-per-node", type=int, default=default.gpus_per_node, help="default %(default)s")
+    parser.add_argument(
+        "--memory", action="append", default=[], metavar="POOL=AMOUNT", help="memory per pod, repeatable"
+    )
+    parser.add_argument(
+        "--backoff-limit", type=int, default=default.backoff_limit, help="retries (default %(default)s)"
+    )
+    parser.add_argument("--deadline-s", type=int, default=default.deadline_s, help="default %(default)s")
+    return parser
+
+
+def _validate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="softgrpo kuberay validate",
+        description="Check manifests against KubeRay's fields and the operator's rules.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="multi-document YAML, - for standard input")
+    parser.add_argument(
+        "--crd", type=Path, metavar="FILE", help="check against this full definition (file or directory)"
+    )
+    parser.add_argument("--kuberay", metavar="VERSION", help="refuse fields that this release does not know")
     return parser

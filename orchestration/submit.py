@@ -61,7 +61,7 @@ class Submission:
 
 def main(arguments: Sequence[str]) -> int:
     """Submit, and with --follow wait for the end."""
-    namespace = _parser().parse_args(arguments)
+    namespace = _parser().parse_intermixed_args(arguments)
     config = load_config(namespace.config, namespace.overrides)
     submission = plan_submission(
         config,
