@@ -176,6 +176,14 @@ def test_a_version_left_half_sent_does_not_spoil_the_next(transport: str) -> Non
     assert_equal(publisher.deliver(make_receiver(transport)), all_versions[3][1])
 
 
+def test_a_value_that_comes_back_is_a_change(transport: str) -> None:
+    publisher, receiver = Publisher(transport), make_receiver(transport)
+    for version, value in enumerate((0.0, 1.0, 0.0, 2.0, 1.0), start=1):
+        weights = model() | {"norm": torch.full((33,), value)}
+        publisher.publish(version, weights)
+        assert_equal(publisher.deliver(receiver), weights)
+
+
 def test_a_receiver_of_the_other_transport_says_so() -> None:
     publisher = Publisher("delta")
     for version, weights in versions(2):
@@ -264,6 +272,14 @@ def test_changes_are_lossless(length: int, changes: int, seed: int) -> None:
     assert len(part) <= length + 8
     if changes < 200:
         assert len(part) <= 8 + 1 + 4 * (changes + length // 131_070 + 1) or len(part) == length + 8
+
+
+def test_the_last_byte_of_an_odd_shard_is_not_forgotten() -> None:
+    old = np.zeros(1001, np.uint8)
+    new = old.copy()
+    new[-1] = 9
+    apply_changes(old, encode_changes(old, new), "shard")
+    assert np.array_equal(old, new)
 
 
 def test_parts_that_cannot_be_applied_are_refused() -> None:
