@@ -181,6 +181,7 @@ def verifier_spec(config: Config) -> VerifierSpec:
         deadline_s=reward.deadline_s,
         memory_mb=reward.memory_mb,
         user_rule=reward.user_rule,
+        failure_alarm=reward.failure_alarm,
     )
 
 
