@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from learner.actor import LearnerRank
+from learner.collapse_watch import CollapseWatch
 from learner.spec import LearnerError, LearnerSpec, PublishedWeights, ReplayError, ScoredGroup
 from rollout.transport import WeightChain
 
@@ -37,6 +38,7 @@ class LearnerGroup:
         self._rank_options = rank_options
         self._ranks: list[Any] = []
         self._chain: WeightChain[Any] = WeightChain()
+        self._collapse = CollapseWatch()
         self.generation = 0
 
     @property
@@ -74,7 +76,10 @@ class LearnerGroup:
         """
         calls = [rank.train.remote(list(groups), step) for rank in self._started()]
         metrics = await self._collect("train", calls, self._deadline(self.spec.step_timeout_s))
-        return dict(metrics[0])
+        warning = self._collapse.observe(metrics[0])
+        if warning:
+            logger.warning("step %d: %s", step, warning)
+        return {**metrics[0], "objective/collapse_warning": float(warning is not None)}
 
     async def publish(self, version: int) -> PublishedWeights:
         """The current weights, labelled `version`, as objects owned by the caller: they survive the learner."""
