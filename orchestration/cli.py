@@ -44,6 +44,7 @@ COMMANDS = (
     Command(
         "evaluate", "evaluate a checkpoint on benchmarks, or compare two results", "orchestration.evaluate_command:main"
     ),
+    Command("generate", "answer prompts with a model, in soft or discrete tokens", "orchestration.generate:main"),
     Command("grade", "grade existing responses through the same verifier as training", "orchestration.grade:main"),
     Command("report", "write one HTML page about a run and its evaluations", "orchestration.report:main"),
     Command("submit", "run a recipe as a Ray job", "orchestration.submit:main"),

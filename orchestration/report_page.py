@@ -91,10 +91,11 @@ def curves_section(records: Records, alarm: Alarm | None) -> str:
         if alarm
         else '<p class="calm">No collapse alarm: entropy and KL to the reference did not rise together.</p>'
     )
-    return f'<h2>Training</h2>{state}<div class="charts">{"".join(charts)}</div>{_evaluation_curves(records)}'
+    charts.append(_evaluation_chart(records))
+    return f'<h2>Training</h2>{state}<div class="charts">{"".join(charts)}</div>'
 
 
-def _evaluation_curves(records: Records) -> str:
+def _evaluation_chart(records: Records) -> str:
     """Pass@1 of evaluations during training, by dataset."""
     names = sorted(
         {key for record in records for key in record if key.startswith("evaluation/") and key.endswith("/pass@1")}
@@ -108,8 +109,7 @@ def _evaluation_curves(records: Records) -> str:
         )
         for name in names
     ]
-    chart = line_chart("Pass@1 during training (band: 95 % over questions)", lines, y_range=(0.0, 1.0))
-    return f'<div class="charts">{chart}</div>' if chart else ""
+    return line_chart("Pass@1 during training (band: 95 % over questions)", lines, y_range=(0.0, 1.0))
 
 
 def pass_at_k_section(results: Sequence[Result]) -> str:
