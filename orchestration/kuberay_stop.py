@@ -9,6 +9,7 @@ standard library only.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -18,6 +19,7 @@ def stop_all_jobs(address: str, deadline_s: float) -> int:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     deadline = time.monotonic() + deadline_s
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # the operator sets RAY_ADDRESS, which would win over the argument
     client = JobSubmissionClient(address)
     unfinished = {JobStatus.PENDING, JobStatus.RUNNING}
     waiting = [job.submission_id for job in client.list_jobs() if job.status in unfinished and job.submission_id]

@@ -199,7 +199,9 @@ def test_jobs_on_a_real_head(submit_here: Any, head: str, tmp_path: Path, capsys
 
 
 @pytest.mark.slow
-def test_stopping_leaves_time_for_the_checkpoint(submit_here: Any, head: str, tmp_path: Path, capsys: Any) -> None:
+def test_stopping_leaves_time_for_the_checkpoint(
+    submit_here: Any, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     """Also what the head pod's preStop hook does; and a run cannot be submitted twice at once."""
     checkpoint = tmp_path / "checkpoint"
     assert submit_here("stopped", f"run {checkpoint}") == 0
@@ -211,6 +213,8 @@ def test_stopping_leaves_time_for_the_checkpoint(submit_here: Any, head: str, tm
         time.sleep(0.3)
     with pytest.raises(ConfigError, match=f"run stopped is RUNNING as {submission_id}"):
         submit_here("stopped", f"run {checkpoint}")
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # as in a head pod, where it names the GCS
     assert stop_all_jobs(head, 40) == 0
     assert checkpoint.read_text(encoding="utf-8") == "checkpoint"
     assert asyncio.run(submit.follow(client, submission_id)) == 75
