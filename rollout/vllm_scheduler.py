@@ -81,6 +81,9 @@ class _VersionedKeys:
         values = (params.extra_args or {}).get(REQUEST_KEY) if params is not None else None
         if values is not None and values["soft"]:
             refuse_parameters(request.request_id, params)
+        if values is None and params is not None and params.num_logprobs is not None:
+            # Its columns would be those of our payload whenever it shares a step with one of our requests.
+            raise ValueError(f"request {request.request_id}: logprobs of requests that SoftEngine did not make")
         if request._block_hasher is not None:
             block_size = self.hash_block_size  # type: ignore[attr-defined]
             soft_from = values["prompt_len"] if values is not None and values["soft"] else None
