@@ -75,7 +75,7 @@ CAVEATS = (
 
 def benchmark_of(name: str) -> str | None:
     """The column that a dataset's name means, if it is one of the paper's."""
-    return ALIASES.get(re.sub(r"[^a-z0-9]", "", name.lower().removesuffix("-test")))
+    return ALIASES.get(re.sub(r"[^a-z0-9]", "", name.lower()).removesuffix("test"))
 
 
 def rows_for(model_path: str) -> list[PublishedRow]:

@@ -1,0 +1,116 @@
+"""`softgrpo generate` without an engine: prompts, room, requests, traces; and once with a real engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestration.chain_task import question_text
+from orchestration.config import ConfigError
+from orchestration.generate import Prompt, make_requests, prepare, read_prompts, soft_trace
+from orchestration.tiny_model import TinyModelShape, build_tiny_model
+from rollout.request import RolloutRequest
+from tests.orchestration.test_evaluation_store import trajectory
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    build_tiny_model(directory, TinyModelShape(), seed=0)
+    return directory
+
+
+def prompts(*texts: str) -> list[Prompt]:
+    return [Prompt(f"p{i}", [{"role": "user", "content": text}]) for i, text in enumerate(texts)]
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("one\n\n  two  \n")
+    assert [(p.prompt_id, p.messages[0]["content"]) for p in read_prompts(lines)] == [
+        ("line-1", "one"),
+        ("line-3", "  two  "),
+    ]
+    rows = tmp_path / "prompts.jsonl"
+    records = [
+        {"id": "x", "question": "a?"},
+        {"prompt": "b?"},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "c?"}]},
+    ]
+    rows.write_text("\n".join(map(json.dumps, records)))
+    read = read_prompts(rows)
+    assert [p.prompt_id for p in read] == ["x", "line-2", "line-3"]
+    assert [p.messages[-1]["content"] for p in read] == ["a?", "b?", "c?"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"answer": "no prompt"}', "jsonl:1: no prompt"),
+        ("not json", "jsonl:1: not JSON"),
+        ("[1]", "expected an object"),
+        ("", "holds no prompt"),
+        ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}', "ids repeat"),
+    ],
+)
+def test_bad_files_are_named_by_line(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_prompts(path)
+
+
+def test_answers_get_the_room_that_the_model_has(model_dir: Path) -> None:
+    asked = prompts(question_text((3, 1, 4, 0, 2)), "1 2 =")
+    resolved, encoded = prepare(str(model_dir), None, ["seed=7"], asked, "soft")
+    assert [len(ids) for _, ids in encoded] == [8, 5]
+    assert resolved.config.max_model_len == 128
+    assert resolved.config.sampling.max_new_tokens == 120
+    assert resolved.end_of_thinking_id == 5
+    assert resolved.config.seed == 7
+    shorter, _ = prepare(str(model_dir), None, ["sampling.max_new_tokens=10"], asked, "discrete")
+    assert shorter.config.max_model_len == 18
+    assert shorter.end_of_thinking_id is None
+    with pytest.raises(ConfigError, match="has 128 positions"):
+        prepare(str(model_dir), None, ["sampling.max_new_tokens=121"], asked, "soft")
+    with pytest.raises(ConfigError, match="no such directory"):
+        prepare(str(model_dir / "nothing"), None, [], asked, "soft")
+    with pytest.raises(ConfigError, match="unknown key"):
+        prepare(str(model_dir), None, ["sampling.temprature=1"], asked, "soft")
+
+
+def test_seeds_belong_to_prompt_and_sample() -> None:
+    requests = list(make_requests([("a", (1,)), ("b", (2,))], 2, "soft", seed=0))
+    assert [(r.prompt_id, r.sample_index) for r in requests] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert len({r.seed for r in requests}) == 4
+    alone = list(make_requests([("b", (2,))], 1, "soft", seed=0))
+    assert alone[0].seed == requests[2].seed
+
+
+def test_trace_has_the_retained_candidates_of_soft_positions_only() -> None:
+    trace = soft_trace(trajectory(RolloutRequest("r", "g", "p", 0, 1, (1, 2))), lambda token: f"t{token}")
+    assert [position["kind"] for position in trace] == ["soft", "soft", "soft", "ended", "token"]
+    assert [candidate["token"] for candidate in trace[0]["candidates"]] == ["t0", "t1"]
+    assert np.isclose(trace[0]["candidates"][1]["weight"], 0.1)
+    assert "candidates" not in trace[3]
+
+
+@pytest.mark.slow
+def test_a_real_engine_answers_and_standard_output_holds_answers_only(model_dir: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "orchestration", "generate", "--model", str(model_dir), "--samples", "2", "--trace"),
+        *("--prompt", question_text((3, 1, 4, 0, 2)), "sampling.max_new_tokens=6", "rollout.max_num_seqs=4"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {(a["id"], a["sample"]) for a in answers} == {("prompt-0", 0), ("prompt-0", 1)}
+    assert all(len(a["trace"]) == a["length"] <= 6 for a in answers)
+    assert any(position["kind"] == "soft" for a in answers for position in a["trace"])
