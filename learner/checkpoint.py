@@ -4,7 +4,8 @@
 DeepSpeed's `latest` file is never written. The step decides the learning rate, and nothing in a learner step is random.
 
 A state is loaded with the ZeRO stage it was saved with, on any number of ranks: partitioned states of another world
-size go through DeepSpeed's universal checkpoint format, converted into a sibling folder that is removed after loading.
+size go through DeepSpeed's universal checkpoint format, converted beside the committed checkpoint (never inside it: a
+file that its manifest does not list would condemn it) and removed after loading.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def needs_conversion(facts: dict[str, Any], world_size: int) -> bool:
 
 def load_state(engine: Any, directory: Path, *, convert: bool, rank: int) -> None:
     """Restore what `save_state` wrote; collective. With `convert` the engine must be configured for it
-    (`checkpoint.load_universal`), and the folder's parent must be writable and seen by all ranks.
+    (`checkpoint.load_universal`), and the folder of all checkpoints must be writable and seen by all ranks.
     """
     options = [{key: group[key] for key in group if key != "params"} for group in engine.optimizer.param_groups]
     with _converted(directory, rank) if convert else contextlib.nullcontext(directory) as source:
@@ -85,7 +86,8 @@ def _converted(directory: Path, rank: int) -> Iterator[Path]:
     """A folder with the universal form of a saved state, made by rank 0 while the others wait."""
     import torch.distributed as dist
 
-    target = directory.with_name(f".{directory.name}.universal")
+    checkpoint = directory.parent
+    target = checkpoint.with_name(f".{checkpoint.name}.{directory.name}.universal")
     if rank == 0:
         from deepspeed.checkpoint import ds_to_universal
 

@@ -33,27 +33,43 @@ def test_another_number_of_ranks_continues(
     stage: int, dtype: str, tiny_model_dir: Path, tmp_path: Path, groups: list[ScoredGroup], pair: Pair
 ) -> None:
     """Two ranks save, one continues and saves, two continue: always the curve of the run that was never stopped."""
+    from deepspeed.checkpoint import ds_to_universal
+
     spec = learner_spec(tiny_model_dir, mini_batches=2, micro_batch_tokens=40, zero_stage=stage, dtype=dtype)
     spec = dataclasses.replace(spec, weight_decay=5.0)  # only on matrices, also after a conversion
     tolerance = {"rel": 2e-3, "abs": 1e-5} if dtype == "float32" else {"rel": 0.1, "abs": 5e-3}
     both = dataclasses.replace(spec, world_size=2)
-    first, second = tmp_path / "step-3", tmp_path / "step-6"
-    first.mkdir()
-    second.mkdir()
+    first, second = tmp_path / "step_3" / "learner", tmp_path / "step_6" / "learner"
+    first.mkdir(parents=True)
+    second.mkdir(parents=True)
 
     pair.call("begin", both, pair.master)
     pair.call("run", groups)
     pair.call("save", str(first))
     uninterrupted = pair.call("run", groups)[0] + pair.call("run", groups)[0]
 
-    alone = Trainer(spec, rank=0, checkpoint=first)
+    saved = everything_below(first.parent)
+    with pytest.MonkeyPatch.context() as patch:
+        # Whatever is killed in the middle of a conversion must not have touched the committed checkpoint.
+        convert = ds_to_universal.main
+        patch.setattr(ds_to_universal, "main", lambda arguments: [convert(arguments), check_untouched(saved)])
+        alone = Trainer(spec, rank=0, checkpoint=first)
     assert alone.steps == STEPS
     resumed = [alone.train(groups, step) for step in range(STEPS, 2 * STEPS)]
     alone.save(second)
     pair.call("begin", both, pair.master, str(second))
     resumed += pair.call("run", groups)[0]
     assert losses(resumed) == pytest.approx(losses(uninterrupted), **tolerance)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-6"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_3", "step_6"]
+
+
+def everything_below(checkpoint: Path) -> set[Path]:
+    return set(checkpoint.rglob("*"))
+
+
+def check_untouched(saved: set[Path]) -> None:
+    (checkpoint,) = {path.parent for path in saved if path.name == "learner" and path.parent not in saved}
+    assert everything_below(checkpoint) == saved
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
