@@ -22,6 +22,7 @@ START_TIMEOUT_S = 120.0
 CONTROL_TIMEOUT_S = 30.0
 PATIENCE_S = 0.25
 """A child busy for longer gets a substitute if others wait: a few bombs must not stop a pool of two."""
+_LAST_PATIENCE_S = 2.0
 _HONEST_CPU_S = 0.1
 """More than the slowest comparison of MATH-500 answers takes."""
 STARVED_CPU_S = 0.05
@@ -182,14 +183,16 @@ class Child:
             raise EOFError
         return self._frames.feed(data)
 
-    def look(self) -> None:
-        """Called past `next_look` while others wait: the child is slow now; if it burns CPU, its priority goes down.
+    def look(self, *, burns_cpu: bool) -> None:
+        """Called past `next_look` while others wait: is it slow, and should its priority go down?
 
-        By CPU, not by the clock: on a busy machine an honest answer takes long, and demoted it would starve.
+        By CPU, not by the clock, for a request that never sleeps: on a busy machine an honest answer takes long, a
+        substitute would get no more time, and a demoted child would starve.
         """
-        self.slow = True
-        self.next_look = time.monotonic() + PATIENCE_S
-        if not self.demoted and self.cpu_s() > _HONEST_CPU_S:
+        now, cpu_s = time.monotonic(), self.cpu_s()
+        self.slow = self.slow or not burns_cpu or cpu_s > _HONEST_CPU_S or now - self.started > _LAST_PATIENCE_S
+        self.next_look = now + PATIENCE_S
+        if not self.demoted and cpu_s > _HONEST_CPU_S:
             self.demoted = True
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.setpriority(os.PRIO_PGRP, self.pid, _SLOW_NICENESS)

@@ -20,7 +20,7 @@ from reward.extraction import Answer, Extracted, extract_answer, last_boxed, ref
 from reward.verdict import Verdict
 
 _EXACT_NUMBER = re.compile(
-    r"-?[0-9]{1,12}|(?P<sign>-?)(?:\\[dt]?frac\{(?P<a>[0-9]{1,6})\}\{(?P<b>[0-9]{1,6})\}|(?P<c>[0-9]{1,6})/(?P<d>[0-9]{1,6}))"
+    r"-?[0-9]{1,12}|-?[0-9]{1,3}(?:,[0-9]{3}){1,3}|(?P<sign>-?)(?:\\[dt]?frac\{(?P<a>[0-9]{1,6})\}\{(?P<b>[0-9]{1,6})\}|(?P<c>[0-9]{1,6})/(?P<d>[0-9]{1,6}))"
 )
 """Integers and plain fractions, small enough that math-verify's 15 digits tell any two apart."""
 
@@ -129,7 +129,7 @@ def _exact_number(text: str) -> Fraction | None:
         return None
     numerator, denominator = match["a"] or match["c"], match["b"] or match["d"]
     if numerator is None:
-        return Fraction(int(text))
+        return Fraction(int(text.replace(",", "")))
     if int(denominator) == 0:
         return None
     value = Fraction(int(numerator), int(denominator))

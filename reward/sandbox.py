@@ -257,8 +257,9 @@ class _Dispatcher(threading.Thread):
             if busy_s >= self._limits.deadline_s:
                 self._end_overdue(child)
             elif now >= child.next_look and self._others_wait(child):
-                child.look()
-                self._move_line(child)
+                child.look(burns_cpu=self._busy[child][0][0].burns_cpu)
+                if child.slow:
+                    self._move_line(child)
 
     def _end_overdue(self, child: Child) -> None:
         """Kill a child at its deadline. Its job has timed out, unless the machine gave it no time to speak of."""

@@ -110,7 +110,20 @@ def test_numbers_without_sympy_agree_with_sympy() -> None:
     rng = random.Random(3)
     small = [str(rng.randrange(-9, 9)) for _ in range(6)]
     fractions = [rf"{rng.choice(['', '-'])}\frac{{{rng.randrange(20)}}}{{{rng.randrange(1, 9)}}}" for _ in range(8)]
-    slashes = ["1/2", "-3/6", "4/2", "007", "-0", "0", "999999/999998", "999998/999997", "123456789012"]
+    slashes = [
+        "1/2",
+        "-3/6",
+        "4/2",
+        "007",
+        "-0",
+        "0",
+        "999999/999998",
+        "999998/999997",
+        "123456789012",
+        "12,345",
+        "12345",
+        "1,000,000",
+    ]
     numbers = [*small, *fractions, *slashes]
     settled = 0
     for given in numbers:
