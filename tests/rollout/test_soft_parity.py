@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rollout.engine import SoftEngine
 from rollout.trajectory import Kind, Trajectory
@@ -151,3 +152,14 @@ def test_cache_resets_with_running_requests(
         stats = engine.stats()
     assert stats["engine/resumed"] >= 20
     assert stats["engine/stashes"] == 0
+
+
+def test_the_static_path_of_a_gpu(start_engine: EngineFactory, cases: list[Case]) -> None:
+    """What runs on a GPU (static shapes, masks, the buffer that graphs replay from), on a CPU: no host partition."""
+    with start_engine(kv_cache_memory_bytes=24 * BLOCK_BYTES) as engine:
+        runner = engine._core.engine_core.model_executor.driver_worker.worker.model_runner
+        state = runner.model_state
+        state._static_embeds = torch.zeros(state.max_num_tokens, state.inputs_embeds_size)
+        state._on_host = runner.sampler._on_host = False
+        assert_parity(cases, run(engine, cases))
+        assert engine.stats()["engine/resumed"] >= 1
