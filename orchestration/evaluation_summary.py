@@ -168,7 +168,7 @@ def _difference_row(comparison: Comparison, value: str, difference: PairedDiffer
         value,
         f"{scale * interval.mean:+.2f}",
         f"[{scale * interval.low:+.2f}, {scale * interval.high:+.2f}]",
-        f"{difference.p_value:.3f}",
+        "<.001" if difference.p_value < 0.001 else f"{difference.p_value:.3f}",
         "significant" if difference.significant else "",
     )
 
