@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import sys
 import types
@@ -54,12 +56,29 @@ def test_our_commands(words: list[str], tmp_path: Path, monkeypatch: pytest.Monk
         doctor._parser().parse_args(arguments)
     elif command == "kuberay":
         run_kuberay(arguments, tmp_path, monkeypatch)
+    elif command in ("evaluate", "generate", "report"):
+        module = importlib.import_module(next(c.target for c in cli.COMMANDS if c.name == command).partition(":")[0])
+        namespace = module._parser().parse_intermixed_args(arguments)
+        if getattr(namespace, "config", None):
+            load_config(namespace.config, namespace.overrides)
+    elif command == "grade":
+        run_grade(arguments, tmp_path, monkeypatch)
     elif command == "scale":
         monkeypatch.chdir(tmp_path)  # no run goes on there
         with pytest.raises(ConfigError, match="no driver runs there"):
             cli.Command("scale", "", "orchestration.scale:main").load()(arguments)
     else:
         pytest.fail(f"say here how `softgrpo {command}` is checked")
+
+
+def run_grade(arguments: list[str], directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestration.grade import main
+
+    monkeypatch.chdir(directory)
+    line = {"id": "a", "response": "<think> 2 </think> \\boxed{4}", "gold": "4"}
+    (directory / "answers.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    assert main(arguments) == 0
+    assert json.loads((directory / "graded.jsonl").read_text(encoding="utf-8"))["verdict"] == "correct"
 
 
 def run_kuberay(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
