@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from orchestration.charts import Line, line_chart
-from orchestration.collapse import ENTROPY, KL, Alarm
+from orchestration.collapse import Alarm
 from orchestration.plots import series
 from orchestration.published import BENCHMARKS, CAVEATS, CORRECTIONS, KS, benchmark_of, rows_for
 
@@ -24,8 +24,8 @@ Result = Mapping[str, Any]
 CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ...] = (
     ("reward", ("reward/mean",), (0.0, 1.0)),
     ("response length, tokens", ("rollout/length_mean",), (0.0, None)),
-    ("entropy of thinking tokens, nats", (ENTROPY,), (0.0, None)),
-    ("KL to the reference", (KL, "objective/kl_answer"), (0.0, None)),
+    ("entropy of thinking tokens, nats", ("rollout/entropy",), (0.0, None)),
+    ("KL to the reference", ("objective/kl_thinking", "objective/kl_answer"), (0.0, None)),
     ("staleness, versions", ("staleness/mean", "staleness/max"), (0.0, None)),
     ("clipped share of the loss", ("objective/clip_fraction_thinking", "objective/clip_fraction_answer"), (0.0, None)),
     ("gradient norm", ("learner/grad_norm",), (0.0, None)),

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestration.charts import Axes, Line, line_chart, nice_ticks
-from orchestration.collapse import ENTROPY, KL, REWARD, collapse_alarm
+from orchestration.collapse import REWARD, WARNING, Alarm, collapse_alarm
 from orchestration.config import ConfigError, dump_config, parse_config
 from orchestration.published import BENCHMARKS, TABLE, benchmark_of, rows_for
 from orchestration.report import gather, main, make_page
@@ -25,33 +25,45 @@ from tests.orchestration.test_evaluation_store import END, calls, fill, finished
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>&amp;\u2028"
 
 
-def records(steps: int, entropy: Any, kl: Any, reward: Any) -> list[dict[str, Any]]:
+def records(entropy: Any, kl: Any, reward: Any, steps: int = 200) -> list[dict[str, Any]]:
+    """Metrics of a run as functions of its progress from 0 to 1."""
     return [
-        {"step": i, ENTROPY: entropy(i / steps), KL: kl(i / steps), REWARD: reward(i / steps)} for i in range(steps)
+        {
+            "step": step + 1,
+            REWARD: reward(step / steps),
+            "objective/entropy_thinking": entropy(step / steps),
+            "objective/kl_thinking": kl(step / steps),
+            "objective/positions_thinking": 100.0,
+        }
+        for step in range(steps)
     ]
 
 
 def test_alarm_sees_the_published_signature_and_not_a_healthy_run() -> None:
-    healthy = records(200, lambda t: 0.5 - 0.3 * t, lambda t: 0.01 * t, lambda t: 0.3 + 0.3 * t)
+    healthy = records(lambda t: 0.5 - 0.3 * t, lambda t: 0.01 + t, lambda t: 0.3 + 0.3 * t)
     assert collapse_alarm(healthy) is None
-    turning = records(
-        200,
-        lambda t: 0.5 - 0.3 * t if t < 0.6 else 0.32 + 0.8 * (t - 0.6),
-        lambda t: 0.01 * t + 0.1 * max(0, t - 0.6),
-        lambda t: 0.5,
-    )
-    alarm = collapse_alarm(turning)
+
+    def turning(reward: Any) -> list[dict[str, Any]]:
+        return records(
+            lambda t: 0.5 - 0.3 * t if t < 0.6 else 0.32 + 2 * (t - 0.6), lambda t: 0.02 + 0.5 * max(0, t - 0.6), reward
+        )
+
+    alarm = collapse_alarm(turning(lambda t: 0.5))
     assert alarm is not None
     assert 120 < alarm.step < 180
     assert alarm.collapsed_step is None
-    falling = [{**r, REWARD: 0.5 if i < 180 else 0.3} for i, r in enumerate(turning)]
-    collapsed = collapse_alarm(falling)
-    assert collapsed is not None
-    assert collapsed.collapsed_step is not None
-    assert 180 <= collapsed.collapsed_step < 190
-    rising_entropy_only = records(200, lambda t: 0.2 + t, lambda t: 0.01, lambda t: 0.5)
-    assert collapse_alarm(rising_entropy_only) is None
-    assert collapse_alarm(turning[:20]) is None
+    fallen = collapse_alarm(turning(lambda t: 0.5 if t < 0.9 else 0.3))
+    assert fallen is not None
+    assert fallen.collapsed_step is not None
+    assert 180 < fallen.collapsed_step < 190
+
+
+def test_alarm_believes_the_warning_that_the_learner_logged() -> None:
+    logged = [
+        {**record, WARNING: float(record["step"] == 50)}
+        for record in records(lambda t: 0.3, lambda t: 0.1, lambda t: 0.5)
+    ]
+    assert collapse_alarm(logged) == Alarm(50, None)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +148,7 @@ def make_run(path: Path) -> Path:
     }
     (path / "trajectories").mkdir(parents=True)
     (path / "config.yaml").write_text(dump_config(parse_config(tree, "test")), encoding="utf-8")
-    lines = [{"step": i + 1, REWARD: i / 40, ENTROPY: 0.3, KL: 0.01, "rollout/length_mean": 7} for i in range(40)]
+    lines = [{"step": i + 1, REWARD: i / 40, "rollout/entropy": 0.3, "rollout/length_mean": 7} for i in range(40)]
     (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     fill(path / "evaluation", {"a": 4, "b": 1, "c": 0}, traces=4)
     (path / "model").mkdir()
