@@ -121,12 +121,13 @@ class FullSender:
     """Every version is an anchor."""
 
     def __init__(self, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        self._buffer = np.empty(max_shard_bytes, np.uint8)
+        # Two: one is hashed and put away while the other is filled.
+        self._buffers = [np.empty(max_shard_bytes, np.uint8) for _ in range(2)]
 
     def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[np.ndarray | Link]:
         """Yield the shards, the link last."""
         packed = []
-        for shard in iterate_shards(tensors, max_shard_bytes=len(self._buffer), buffers=[self._buffer]):
+        for shard in iterate_shards(tensors, max_shard_bytes=len(self._buffers[0]), buffers=self._buffers):
             yield shard.data
             packed.append(shard)
         yield Link(make_manifest(version, packed), None)
@@ -149,7 +150,7 @@ class DeltaSender:
     """Sends the 16-bit words that changed since the last version; keeps one copy of the weights to compare with."""
 
     def __init__(self, *, max_shard_bytes: int = MAX_SHARD_BYTES, anchor_every: int = ANCHOR_EVERY) -> None:
-        self._max_shard_bytes = max_shard_bytes
+        self._buffers = [np.empty(max_shard_bytes, np.uint8) for _ in range(2)]
         self._anchor_every = anchor_every
         self._last: list[np.ndarray] = []
         self._manifest: WeightManifest | None = None
@@ -182,8 +183,7 @@ class DeltaSender:
         yield Link(manifest, None if anchor or base is None else base.version)
 
     def _shards(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[PackedShard]:
-        buffer = np.empty(self._max_shard_bytes, np.uint8)
-        return iterate_shards(tensors, max_shard_bytes=self._max_shard_bytes, buffers=[buffer])
+        return iterate_shards(tensors, max_shard_bytes=len(self._buffers[0]), buffers=self._buffers)
 
 
 def _same_layout(base: WeightManifest, number: int, shard: PackedShard) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,13 +59,20 @@ class PackedShard:
     data: np.ndarray
     """[n] uint8; valid until its buffer is used for a later shard"""
     entries: tuple[TensorEntry, ...]
-    checksum: int
+    hashing: Future[int]
+
+    @property
+    def checksum(self) -> int:
+        """Of `data` as it was yielded; waits for the thread that computes it."""
+        return self.hashing.result()
 
 
 def shard_checksum(data: np.ndarray) -> int:
-    """63 bits of the BLAKE3 hash of contiguous bytes (2.7 memcpys on one core; sha256 costs nine)."""
-    digest = blake3.blake3(data.data, max_threads=blake3.blake3.AUTO).digest(length=8)
-    return int.from_bytes(digest, "big") >> 1
+    """63 bits of the BLAKE3 hash of contiguous bytes (2.7 memcpys; sha256 costs nine).
+
+    On one core, without the interpreter lock: a rollout actor checks while it decodes, and needs its other cores.
+    """
+    return int.from_bytes(blake3.blake3(data.data, max_threads=1).digest(length=8), "big") >> 1
 
 
 def iterate_shards(
@@ -77,40 +85,48 @@ def iterate_shards(
 
     `buffers` are uint8 arrays to fill in turn, round and round (fresh memory costs more than the copy): with n of them
     a shard must be put away before the n-th one after it is asked for. A tensor larger than `max_shard_bytes` gets a
-    shard of its own size, a tensor never spans two.
+    shard of its own size, a tensor never spans two. A shard is hashed in a thread while the caller puts it away.
     """
+    hashing: list[Future[int]] = []
+
+    def next_buffer() -> np.ndarray:
+        number = len(hashing)
+        if not buffers:
+            return np.empty(max_shard_bytes, np.uint8)  # pages are only taken when they are written
+        if number >= len(buffers):
+            hashing[number - len(buffers)].result()
+        return buffers[number % len(buffers)]
+
+    with ThreadPoolExecutor(1, "shard-checksum") as hasher:
+
+        def finish(data: np.ndarray, entries: list[TensorEntry]) -> PackedShard:
+            hashing.append(hasher.submit(shard_checksum, data))
+            return PackedShard(data, tuple(entries), hashing[-1])
+
+        used, buffer, entries = 0, next_buffer(), list[TensorEntry]()
+        for name, tensor in tensors:
+            if entries and used + tensor.nbytes > max_shard_bytes:
+                yield finish(buffer[:used], entries)
+                used, buffer, entries = 0, next_buffer(), []
+            if used + tensor.nbytes > len(buffer):
+                buffer = np.empty(tensor.nbytes, np.uint8)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entries.append(TensorEntry(name, dtype, tuple(tensor.shape), len(hashing), used))
+            used = _write(buffer, used, tensor)
+        if entries:
+            yield finish(buffer[:used], entries)
+
+
+def _write(buffer: np.ndarray, start: int, tensor: Tensor) -> int:
+    """Copy a tensor's bytes to `buffer[start:]`; returns where the next one may start."""
     import torch
 
-    number, used, buffer, entries = 0, 0, _buffer(buffers, 0, max_shard_bytes), list[TensorEntry]()
-    for name, tensor in tensors:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if entries and used + num_bytes > max_shard_bytes:
-            yield _finish(buffer[:used], entries)
-            number, used, entries = number + 1, 0, []
-            buffer = _buffer(buffers, number, max_shard_bytes)
-        if used + num_bytes > len(buffer):
-            buffer = np.empty(num_bytes, np.uint8)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        entries.append(TensorEntry(name, dtype, tuple(tensor.shape), number, used))
-        if num_bytes:
-            source = tensor.detach().reshape(-1).view(torch.uint8)
-            torch.from_numpy(buffer[used : used + num_bytes]).copy_(source)
-        end = used + num_bytes
-        used = min(-(-end // ALIGNMENT) * ALIGNMENT, len(buffer))
-        buffer[end:used] = 0  # equal tensors give equal shards
-    if entries:
-        yield _finish(buffer[:used], entries)
-
-
-def _buffer(buffers: Sequence[np.ndarray], number: int, num_bytes: int) -> np.ndarray:
-    """The buffer of shard `number`; pages of a fresh one are only taken when they are written."""
-    if not buffers:
-        return np.empty(num_bytes, np.uint8)
-    return buffers[number % len(buffers)]
-
-
-def _finish(data: np.ndarray, entries: Sequence[TensorEntry]) -> PackedShard:
-    return PackedShard(data, tuple(entries), shard_checksum(data))
+    end = start + tensor.nbytes
+    if tensor.numel():
+        torch.from_numpy(buffer[start:end]).copy_(tensor.detach().reshape(-1).view(torch.uint8))
+    aligned = min(-(-end // ALIGNMENT) * ALIGNMENT, len(buffer))
+    buffer[end:aligned] = 0  # equal tensors give equal shards
+    return aligned
 
 
 def make_manifest(version: int, shards: Iterable[PackedShard]) -> WeightManifest:

@@ -159,8 +159,8 @@ def transfer_rows() -> list[Row]:
     # Like with like: the dict carries no checksums either.
     ratio = best_ratio(seconds["dict"], seconds["unchecked"]) if right else 0.0
     detail = (
-        f"dict of torch tensors {min(seconds['dict']):.2f} s, ours {min(seconds['unchecked']):.2f} s without checksums, "
-        f"{min(seconds['checked']):.2f} s with; {unit}"
+        f"dict of torch tensors {min(seconds['dict']):.2f} s, ours {min(seconds['unchecked']):.2f} s without "
+        f"checksums, {min(seconds['checked']):.2f} s with; {unit}"
     )
     return [*rows, Row("weight_sync/dict", ratio, 8.0, detail)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollout import weights
 from rollout.weights import (
     ALIGNMENT,
     WeightError,
@@ -18,6 +20,7 @@ from rollout.weights import (
     iterate_weights,
     make_manifest,
     pack_weights,
+    shard_checksum,
     verify_shards,
 )
 
@@ -73,6 +76,19 @@ def test_buffers_are_used_again_and_equal_weights_give_equal_shards() -> None:
         assert np.array_equal(copy, want)
         assert shard.data.base is not None or len(shard.data) > 200
     assert make_manifest(5, [shard for _, shard in seen]) == manifest
+
+
+def test_a_buffer_is_not_filled_again_before_it_was_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, _ = pack_weights(5, model(), max_shard_bytes=200)
+
+    def slow(data: np.ndarray) -> int:
+        time.sleep(0.05)
+        return shard_checksum(data)
+
+    monkeypatch.setattr(weights, "shard_checksum", slow)
+    buffers = [np.zeros(200, np.uint8), np.zeros(200, np.uint8)]
+    shards = list(iterate_shards(model(), max_shard_bytes=200, buffers=buffers))
+    assert make_manifest(5, shards) == manifest
 
 
 def test_every_flipped_byte_is_found() -> None:
