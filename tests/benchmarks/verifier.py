@@ -28,6 +28,8 @@ DEADLINE_S = 5.0
 LATE_S = 0.5
 NUM_BOMBS = 5
 NUM_DISTINCT = 512
+NUM_WORDS = 3000
+"""Of a response; the published runs average 4 000 to 8 000 tokens."""
 _WORDS = ("therefore", "the", "value", "follows", "from", "previous", "line", "and", "we", "check", "it", "again")
 
 
@@ -191,26 +193,27 @@ def _distinct(seed: int) -> list[Question]:
 
 
 def _answers(rng: random.Random, number: int) -> tuple[str, str, str]:
-    """(gold, the same in another spelling, a wrong one): in ten, five integers, two fractions, three expressions.
+    """(gold, the same in another spelling, a wrong one), in the proportions of MATH-500's gold answers.
 
-    MATH-500 has 62 % integers and 10 % plain fractions; GSM8K, AIME and AMC have integers only.
+    Those are 62 % integers, 10 % plain fractions, 5 % surds, 4 % tuples, and mostly polynomials; GSM8K, AIME and AMC
+    have integers only.
     """
     a, b, c = rng.randrange(2, 9999), rng.randrange(2, 99), rng.randrange(2, 99)
-    kind = number % 10
-    if kind < 5:
+    kind = number % 25
+    if kind < 16:
         return str(a * 1000), f"{a * 1000:,}", str(a * 1000 + b)
-    if kind < 7:
+    if kind < 19:
         value = Fraction(a, b)
         return _fraction(value), f"{value.numerator} / {value.denominator}", _fraction(value + 1)
-    if kind == 7:
+    if kind < 21:
         return rf"{b}\sqrt{{{c}}}", rf"\sqrt{{{b * b * c}}}", rf"{b + 1}\sqrt{{{c}}}"
-    if kind == 8:
+    if kind < 24:
         return f"x^2-{b}x+{c}", f"x(x-{b})+{c}", f"x^2-{b}x+{c + 1}"
     return rf"\left({b}, \frac{{\pi}}{{{c}}}\right)", rf"({b},\pi/{c})", rf"({b},\pi/{c + 1})"
 
 
 def _response(rng: random.Random, answer: str) -> str:
-    words = " ".join(rng.choices(_WORDS, k=300))
+    words = " ".join(rng.choices(_WORDS, k=NUM_WORDS))
     return rf"{words}. So it is $\boxed{{{answer}}}$."
 
 
