@@ -30,6 +30,7 @@ from typing import Any
 from orchestration.chain_task import ChainTask, Trace, TraceMixture, traces, write_questions, write_traces
 from orchestration.config import Config
 from orchestration.tiny_model import TinyModelShape, build_tiny_model, build_tokenizer
+from reward.confinement import die_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,9 @@ Build = Callable[[DemoRecipe, Path], dict[str, Any]]
 
 def build_in_child(recipe: DemoRecipe, directory: Path) -> dict[str, Any]:
     """`build_assets` in a process of its own: the driver stays free of torch."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_prepare_child) as pool:
+    with ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), initializer=_prepare_child, initargs=(os.getpid(),)
+    ) as pool:
         return pool.submit(build_assets, recipe, directory).result(timeout=BUILD_TIMEOUT_S)
 
 
@@ -105,6 +108,7 @@ def ensure_assets(recipe: DemoRecipe, directory: Path, build: Build = build_in_c
     stamp = _read_stamp(directory)
     if stamp.get("digest") == digest:
         return {**stamp, "reused": True}
+    logger.info("making the model and its data in %s: once, about a minute", directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
@@ -126,7 +130,6 @@ def ensure_assets_of(config: Config) -> None:
         return
     prefix, _, seed = directory.name.partition("-")
     if prefix == "seed" and seed.isdigit():
-        logger.info("building the demo's model and data in %s (once, about a minute)", directory)
         ensure_assets(DemoRecipe(int(seed)), directory)
 
 
@@ -175,7 +178,8 @@ def build_assets(recipe: DemoRecipe, directory: Path) -> dict[str, Any]:
     }
 
 
-def _prepare_child() -> None:
+def _prepare_child(parent_pid: int) -> None:
+    die_with_parent(parent_pid)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
     from transformers.utils.logging import disable_progress_bar
