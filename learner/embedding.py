@@ -18,7 +18,15 @@ def soft_input_embeddings(
     table = embedding_weight if differentiable else embedding_weight.detach()
     weights = weights.detach()
     if table.dtype in (torch.float32, torch.float64):
-        return embedding_bag(ids.long(), table, per_sample_weights=weights.to(table.dtype), mode="sum")
+        weights = weights.to(table.dtype)
+        if not weights.is_cpu:
+            return embedding_bag(ids.long(), table, per_sample_weights=weights, mode="sum")
+        # Most candidates of a censored mixture have weight 0, and reading their rows is all that this costs.
+        used = weights != 0
+        counts = used.sum(-1)
+        return embedding_bag(
+            ids[used].long(), table, counts.cumsum(0) - counts, per_sample_weights=weights[used], mode="sum"
+        )
     total = torch.zeros(ids.shape[0], table.shape[1], dtype=torch.float32, device=table.device)
     for column in range(ids.shape[1]):
         total = torch.addcmul(total, embedding(ids[:, column].long(), table).float(), weights[:, column, None].float())
