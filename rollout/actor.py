@@ -24,15 +24,19 @@ import numpy as np
 import pyarrow as pa
 
 from rollout.engine import EngineError, EngineSpec, SoftEngine
+from rollout.payload import candidate_entropy
 from rollout.request import GroupSummary, RolloutRequest
 from rollout.trajectory import Kind, Trajectory, pack
-from rollout.weights import WeightManifest, verify_shards
+from rollout.transport import Link, make_receiver
+from rollout.weights import WeightManifest
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
 _logger = logging.getLogger(__name__)
 
+_FETCH_DEADLINE_S = 600.0
+"""For the parts of one weight version to arrive on this node; the pool's own deadline is `pipeline.sync_timeout_s`."""
 _IDLE_WAIT_S = 0.5
 """How long the engine thread sleeps at most when it has nothing to do; a command wakes it at once."""
 
@@ -184,6 +188,7 @@ class RolloutActor:
         self._spec = spec
         self._engine = EngineThread(spec)
         self._update = asyncio.Lock()
+        self._receiver = make_receiver(spec.transport)
         self._version = spec.initial_version
         self._max_candidates = spec.soft.get("max_candidates", 5)
         self._generating = 0
@@ -229,16 +234,25 @@ class RolloutActor:
             with_text.append(replace(trajectory, response_text=response, answer_text=answer))
         return pack(with_text, self._max_candidates), with_text
 
-    async def update_weights(self, manifest: WeightManifest, shard_refs: list[ObjectRef]) -> dict[str, float]:
-        """Serve another policy version; decoding goes on until all its bytes are here and checked.
+    async def update_weights(self, links: Sequence[Link], part_refs: list[ObjectRef]) -> dict[str, float]:
+        """Serve the last link's policy version; decoding goes on until all its bytes are here and checked.
 
-        Raises `WeightError` if they are torn; the old version then stays in service. The report has the seconds of
-        the fetch and of the pause in which nothing was decoded.
+        `part_refs` are the parts of all links in order (see `rollout.transport`). Raises `WeightError` if they are torn;
+        the old version then stays in service. The report has the seconds of the fetch and of the pause in which nothing
+        was decoded, and the bytes that were fetched.
         """
+        loop, manifest, num_bytes = asyncio.get_running_loop(), links[-1].manifest, 0
+
+        def fetch(first: int, count: int) -> list[np.ndarray]:
+            nonlocal num_bytes
+            future = asyncio.run_coroutine_threadsafe(_gather(part_refs[first : first + count]), loop)
+            parts = future.result(_FETCH_DEADLINE_S)
+            num_bytes += sum(part.nbytes for part in parts)
+            return parts
+
         async with self._update:
             started = time.monotonic()
-            shards = list(await asyncio.gather(*shard_refs))
-            await asyncio.to_thread(verify_shards, manifest, shards)
+            shards = await asyncio.to_thread(self._receiver.receive, links, fetch)
             fetched = time.monotonic()
             await asyncio.wrap_future(self._engine.started)
             pause_s = await asyncio.wrap_future(self._engine.call(lambda engine: _swap(engine, manifest, shards)))
@@ -247,7 +261,7 @@ class RolloutActor:
             "version": manifest.version,
             "fetch_s": fetched - started,
             "pause_s": pause_s,
-            "num_bytes": sum(manifest.shard_bytes),
+            "num_bytes": num_bytes,
         }
 
     async def abort(self, request_ids: Sequence[str]) -> int:
@@ -270,6 +284,10 @@ class RolloutActor:
         return await asyncio.to_thread(self._engine.stop, timeout_s)
 
 
+async def _gather(refs: Sequence[Any]) -> list[np.ndarray]:
+    return list(await asyncio.gather(*refs))
+
+
 def _swap(engine: SoftEngine, manifest: WeightManifest, shards: Sequence[np.ndarray]) -> float:
     started = time.monotonic()
     engine.load_weights(manifest, shards)
@@ -280,9 +298,7 @@ def summarise(trajectories: Sequence[Trajectory], seconds: float) -> GroupSummar
     """What the controller needs to know of a finished group."""
     entropies, heaviest = [], []
     for trajectory in trajectories:
-        log_p = trajectory.candidate_logprobs
-        p = np.exp(log_p)
-        entropies.append(-(p * np.where(p > 0, log_p, 0.0)).sum(axis=1))
+        entropies.append(candidate_entropy(trajectory.candidate_logprobs))
         heaviest.append(trajectory.weights.max(axis=1, initial=0.0))
     entropy, top = np.concatenate(entropies), np.concatenate(heaviest)
     versions = [(int(t.versions.min()), int(t.versions.max())) for t in trajectories if len(t.versions)]

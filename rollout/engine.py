@@ -25,7 +25,7 @@ from rollout.engine_spec import (
     engine_environment,
     resolve_settings,
 )
-from rollout.payload import Recording
+from rollout.payload import Recording, candidate_entropy
 from rollout.request import RequestSettings, RolloutRequest
 from rollout.trajectory import Kind, Trajectory
 
@@ -118,6 +118,8 @@ class SoftEngine:
             "censor_delta": params.censor_delta,
             "log_epsilon": params.log_epsilon,
             "forbidden_while_thinking": self.stop_ids if spec.eos_while_thinking == "forbid" else (),
+            "entropy_stop": spec.entropy_stop,
+            "entropy_stop_steps": spec.entropy_stop_steps,
             "initial_version": spec.initial_version,
         }
         return {
@@ -224,6 +226,7 @@ class SoftEngine:
                     "history_positions": len(prefix.response_ids),
                     "history_ids": prefix.candidate_ids,
                     "history_weights": prefix.weights,
+                    "history_entropy": candidate_entropy(prefix.candidate_logprobs),
                 }
         return SamplingParams(
             temperature=values["answer_temperature"],

@@ -58,6 +58,12 @@ class EngineSpec:
     thinking_budget: int = 1024
     """Soft positions after which the end of thinking is forced; also the length of the per-request history."""
     eos_while_thinking: Literal["stop", "forbid"] = "stop"
+    entropy_stop: float | None = None
+    """Nats: the end of thinking is forced after `entropy_stop_steps` soft positions in a row whose candidates have less
+    entropy; None never does. (A greedy position has none.)"""
+    entropy_stop_steps: int = 16
+    transport: Literal["object_store", "delta"] = "object_store"
+    """How weight updates arrive; the learner must send the same way."""
     initial_version: int = 0
     """Policy version of the checkpoint at `model_path`."""
 

@@ -131,6 +131,12 @@ def joined(prefix: Trajectory, rest: Trajectory) -> Trajectory:
     return replace(rest, **arrays)
 
 
+def candidate_entropy(logprobs: np.ndarray) -> np.ndarray:
+    """Entropy in nats of the retained candidates of every soft position; log-probs [S, K], -inf where filtered."""
+    p = np.exp(logprobs)
+    return -(p * np.where(p > 0, logprobs, 0.0)).sum(axis=1)
+
+
 def drawn_log_density(noise: np.ndarray, logprobs: np.ndarray, params: SoftTokenParams) -> np.ndarray:
     """Log-density of the drawn noise [S, K] under its own family, summed over the retained candidates; [S] fp32."""
     retained = logprobs > -np.inf

@@ -207,6 +207,8 @@ class SoftSampler(Sampler):  # type: ignore[misc]
         table, settings = self._state.table, self._state.settings
         top = drawn.ids[:, 0].to(torch.int64)
         forced = step >= table.budget.gpu[slots]
+        if settings.entropy_stop is not None:
+            forced |= self._settled(slots, step)
         ended = (top == settings.end_of_thinking_id) & ~forced
         tokens = torch.where(forced, settings.end_of_thinking_id, top)
         closed = forced | ended
@@ -215,8 +217,19 @@ class SoftSampler(Sampler):  # type: ignore[misc]
         row = torch.where(soft, step, settings.max_thinking)
         table.history_ids[slots, row] = drawn.ids
         table.history_weights[slots, row] = drawn.weights
+        if settings.entropy_stop is not None:
+            table.history_entropy[slots, row] = -torch.special.xlogy(drawn.logprobs.exp(), drawn.logprobs.exp()).sum(1)
         table.think_len.index_add_(0, slots, soft.to(torch.int32))
         return tokens, kinds
+
+    def _settled(self, slots: Tensor, step: Tensor) -> Tensor:
+        """Rows whose last positions were all of low entropy. Read from the history, not counted along: what a cache
+        reset drops and draws again is not counted twice."""
+        settings = self._state.settings
+        back = torch.arange(1, settings.entropy_stop_steps + 1, device=step.device)
+        recent = (step[:, None] - back).clamp(min=0, max=settings.max_thinking)
+        low = self._state.table.history_entropy[slots[:, None], recent] < settings.entropy_stop
+        return (step >= settings.entropy_stop_steps) & low.all(dim=1)
 
     def _payload(self, tokens: Tensor, kinds: Tensor, density: Tensor, drawn: SoftTokens) -> LogprobsTensors:
         threshold = torch.full_like(density, math.nan) if drawn.threshold is None else drawn.threshold

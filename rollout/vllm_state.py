@@ -44,6 +44,9 @@ class EngineSettings:
     log_epsilon: float
     forbidden_while_thinking: tuple[int, ...]
     """Tokens that may not be drawn while thinking (end of sequence, if the configuration forbids it there)."""
+    entropy_stop: float | None
+    """Nats; thinking is closed after `entropy_stop_steps` soft positions in a row below it."""
+    entropy_stop_steps: int
     initial_version: int
 
     @classmethod
@@ -82,6 +85,8 @@ class SlotTable:
         self.think_len = torch.full((num_slots,), NOT_THINKING, dtype=torch.int32, device=device)
         self.history_ids = torch.zeros(rows, dtype=torch.int32, device=device)
         self.history_weights = torch.zeros(rows, dtype=torch.float32, device=device)
+        self.history_entropy = torch.zeros(rows[:2], dtype=torch.float32, device=device)
+        """Of the retained candidates, nats; written only where the configuration stops on it."""
 
     def set_request(self, slot: int, values: dict[str, Any]) -> None:
         """Write the settings of a soft request; visible on the device after `push`."""
@@ -104,6 +109,7 @@ class Stash:
     think_len: Tensor
     ids: Tensor
     weights: Tensor
+    entropy: Tensor
 
 
 class SoftModelState(DefaultModelState):  # type: ignore[misc]
@@ -181,6 +187,7 @@ class SoftModelState(DefaultModelState):  # type: ignore[misc]
                 torch.tensor(len(values["history_ids"]), dtype=torch.int32),
                 torch.from_numpy(np.array(values["history_ids"], dtype=np.int32)),
                 torch.from_numpy(np.array(values["history_weights"], dtype=np.float32)),
+                torch.from_numpy(np.array(values["history_entropy"], dtype=np.float32)),
             )
         if num_generated == 0:
             table.think_len[slot] = 0
@@ -193,6 +200,7 @@ class SoftModelState(DefaultModelState):  # type: ignore[misc]
         rows = stash.ids.shape[0]
         table.history_ids[slot, :rows] = stash.ids.to(table.history_ids.device)
         table.history_weights[slot, :rows] = stash.weights.to(table.history_weights.device)
+        table.history_entropy[slot, :rows] = stash.entropy.to(table.history_entropy.device)
         # The engine may have dropped output that was in flight: what was not kept is drawn again, with the same noise.
         # A request that had stopped thinking before (think_len < generated) keeps its length.
         table.think_len[slot] = stash.think_len.to(table.think_len.device).clamp(max=num_generated)
@@ -211,6 +219,7 @@ class SoftModelState(DefaultModelState):  # type: ignore[misc]
                 table.think_len[slot].clone(),
                 table.history_ids[slot, :rows].clone(),
                 table.history_weights[slot, :rows].clone(),
+                table.history_entropy[slot, :rows].clone(),
             )
             self.counters["stashed"] += 1
         table.tagged[slot] = table.soft[slot] = False

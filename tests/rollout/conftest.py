@@ -144,6 +144,7 @@ def reference_case(model: Any, spec: EngineSpec, request: RolloutRequest, settin
         stop_ids=(END_OF_SEQUENCE,),
         delta=spec.soft.get("censor_delta"),
         forbid_stop=spec.eos_while_thinking == "forbid",
+        entropy_stop=None if spec.entropy_stop is None else (spec.entropy_stop, spec.entropy_stop_steps),
     )
     return Case(request, settings, tuple(expected))
 

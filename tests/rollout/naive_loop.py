@@ -97,6 +97,13 @@ def answer_position(logits: np.ndarray, values: dict[str, Any], seed: int, posit
     return Position(DISCRETE, token, float(scored[token]), float(np.abs(cumulative - target).min()))
 
 
+def settled(positions: list[Position], entropy_stop: tuple[float, int] | None) -> bool:
+    if entropy_stop is None or len(positions) < entropy_stop[1]:
+        return False
+    recent = positions[-entropy_stop[1] :]
+    return all(-(np.exp(p.logprobs) * p.logprobs).sum() < entropy_stop[0] for p in recent)
+
+
 @torch.no_grad()
 def naive_loop(
     model: Any,
@@ -109,6 +116,7 @@ def naive_loop(
     stop_ids: tuple[int, ...],
     delta: float | None,
     forbid_stop: bool = False,
+    entropy_stop: tuple[float, int] | None = None,
 ) -> list[Position]:
     """Every position of one response."""
     table = model.get_input_embeddings().weight
@@ -120,7 +128,7 @@ def naive_loop(
         logits = output.logits[0, -1].double().numpy()
         if not thinks:
             position = answer_position(logits, values, seed, len(prompt) + step - 1)
-        elif step >= values["thinking_budget"]:
+        elif step >= values["thinking_budget"] or settled(positions, entropy_stop):
             position = Position(FORCED, end_id, 0.0, 1.0)
         else:
             open_logits = logits.copy()

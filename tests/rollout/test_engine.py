@@ -99,6 +99,34 @@ def test_end_of_sequence_while_thinking(start_engine: EngineFactory, engine: Sof
         assert not (trajectory.candidate_ids[trajectory.candidate_logprobs > -np.inf] == END_OF_SEQUENCE).any()
 
 
+def test_low_entropy_closes_the_thinking_phase(start_engine: EngineFactory, parity_model: Any) -> None:
+    """Also across cache resets, which drop positions and draw them again, and from a recorded prefix."""
+    settings = RequestSettings(thinking_budget=40, max_new_tokens=44, top_k=8, top_p=1.0, temperature=0.8)
+    with start_engine(entropy_stop=1.8, entropy_stop_steps=3) as engine:
+        cases = [reference_case(parity_model, engine.spec, request(index), settings) for index in range(24)]
+
+        def reset(number: int) -> None:
+            if number in (5, 9, 13):
+                assert engine._llm.reset_prefix_cache(reset_running_requests=True)
+
+        found = run(engine, cases, between_steps=reset)
+        assert_parity(cases, found)
+        early = [t for t in found.values() if Kind.FORCED in t.kinds and (t.kinds == Kind.SOFT).sum() < 40]
+        assert len(early) >= 3
+        for case in cases[:8]:
+            engine.add(case.request, settings=case.settings)
+        for _ in range(3):
+            engine.step()
+        partial = engine.abort([case.request.request_id for case in cases[:8]])
+        by_id = {case.request.request_id: case for case in cases}
+        for prefix in partial:
+            engine.add(by_id[prefix.request_id].request, prefix=prefix, settings=settings)
+        continued: dict[str, Trajectory] = {}
+        while engine.num_unfinished:
+            continued |= {trajectory.request_id: trajectory for trajectory in engine.step()}
+    assert_parity([by_id[name] for name in continued], continued)
+
+
 # --- determinism and continuation -----------------------------------------------------------------------------------
 
 
