@@ -223,7 +223,8 @@ class PipelineConfig(Section):
 
     max_staleness: Annotated[int, Field(ge=0)] = 2
     """Versions between the oldest token of a trained trajectory and the policy it trains; 0 is synchronous."""
-    transport: Literal["object_store", "delta", "nccl"] = "object_store"
+    transport: Literal["object_store", "delta"] = "object_store"
+    """delta sends only the bytes that changed (lossless; worth it between nodes on a slow network)."""
     shard_mb: Annotated[int, Field(ge=1, le=256)] = 256
     sync_timeout_s: Seconds = 600.0
     group_deadline_s: Seconds = 3600.0

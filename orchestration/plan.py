@@ -111,6 +111,7 @@ def engine_spec(resolved: Resolved, initial_version: int) -> EngineSpec:
         max_new_tokens=sampling.max_new_tokens,
         thinking_budget=config.thinking_budget,
         eos_while_thinking=sampling.eos_while_thinking,
+        transport=config.pipeline.transport,
         initial_version=initial_version,
     )
 
@@ -165,6 +166,7 @@ def learner_spec(resolved: Resolved) -> LearnerSpec:
         gumbel_temperature=sampling.gumbel_temperature,
         censor_delta=config.censor_delta,
         max_candidates=sampling.top_k,
+        transport=config.pipeline.transport,
         shard_bytes=config.pipeline.shard_mb * 2**20,
         collective_timeout_s=learner.collective_timeout_s,
         startup_timeout_s=learner.startup_timeout_s,

@@ -335,7 +335,7 @@ class RolloutPool(ActorPool):
         try:
             while self._newest is not None and member.version < self._newest.manifest.version:
                 weights = self._newest
-                ref = member.actor.update_weights.remote(weights.manifest, list(weights.shards))
+                ref = member.actor.update_weights.remote(list(weights.links), list(weights.shards))
                 what = f"weights {weights.manifest.version} to reach rollout actor {member.index}"
                 (report,) = await self.call(member, [ref], self._sync_timeout_s, what)
                 self._sync_reports.append(report)

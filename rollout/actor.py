@@ -237,9 +237,9 @@ class RolloutActor:
     async def update_weights(self, links: Sequence[Link], part_refs: list[ObjectRef]) -> dict[str, float]:
         """Serve the last link's policy version; decoding goes on until all its bytes are here and checked.
 
-        `part_refs` are the parts of all links in order (see `rollout.transport`). Raises `WeightError` if they are torn;
-        the old version then stays in service. The report has the seconds of the fetch and of the pause in which nothing
-        was decoded, and the bytes that were fetched.
+        `part_refs` are the parts of all links in order (see `rollout.transport`). Raises `WeightError` if they are
+        torn; the old version then stays in service. The report has the seconds of the fetch and of the pause in which
+        nothing was decoded, and the bytes that were fetched.
         """
         loop, manifest, num_bytes = asyncio.get_running_loop(), links[-1].manifest, 0
 

@@ -16,6 +16,7 @@ from rollout.actor import RequestAborted, RolloutActor
 from rollout.engine import EngineError, RequestError, SoftEngine
 from rollout.request import RolloutRequest
 from rollout.trajectory import Kind, unpack
+from rollout.transport import Link
 from rollout.weights import WeightError
 from tests.rollout.conftest import base_spec, reference_model
 from tests.rollout.test_engine_weights import bundle, changed
@@ -58,7 +59,7 @@ def test_groups_while_weights_change(parity_model_dir: Path) -> None:
     async def test(started: RolloutActor) -> None:
         manifest, shards = bundle(model, 5)
         calls = [asyncio.create_task(started.generate(group(name))) for name in ("a", "bb", "ccc", "dddd")]
-        report = await started.update_weights(manifest, [ref(shard) for shard in shards])
+        report = await started.update_weights([Link(manifest, None)], [ref(shard) for shard in shards])
         assert report["version"] == 5 and report["num_bytes"] == sum(manifest.shard_bytes)
         assert report["fetch_s"] >= 0 and report["pause_s"] > 0
         for call, name in zip(calls, ("a", "bb", "ccc", "dddd"), strict=True):
@@ -86,7 +87,7 @@ def test_torn_weights_leave_the_old_version(parity_model_dir: Path) -> None:
         manifest, shards = bundle(model, 9)
         shards[0][100] ^= 1
         with pytest.raises(WeightError, match="version 9, shard 0: checksum"):
-            await started.update_weights(manifest, [ref(shard) for shard in shards])
+            await started.update_weights([Link(manifest, None)], [ref(shard) for shard in shards])
         _, summary = await started.generate(group("a"))
         assert summary.newest_version == 0
 
