@@ -113,6 +113,10 @@ class SamplingConfig(Section):
     max_thinking_tokens: Annotated[int, Field(ge=1)] | None = None
     """Budget after which the end of thinking is forced; None lets thinking use all of `max_new_tokens`."""
     eos_while_thinking: Literal["stop", "forbid"] = "stop"
+    entropy_stop: Annotated[float, Field(gt=0)] | None = None
+    """Nats: the end of thinking is forced after `entropy_stop_steps` soft tokens in a row with less entropy; None never
+    does."""
+    entropy_stop_steps: Annotated[int, Field(ge=1)] = 16
 
 
 class RolloutConfig(Section):

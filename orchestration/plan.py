@@ -111,6 +111,8 @@ def engine_spec(resolved: Resolved, initial_version: int) -> EngineSpec:
         max_new_tokens=sampling.max_new_tokens,
         thinking_budget=config.thinking_budget,
         eos_while_thinking=sampling.eos_while_thinking,
+        entropy_stop=sampling.entropy_stop,
+        entropy_stop_steps=sampling.entropy_stop_steps,
         transport=config.pipeline.transport,
         initial_version=initial_version,
     )
