@@ -380,6 +380,12 @@ def _impossible_combinations(config: Config) -> list[str]:
         problems.append(f"sampling.noise_clip={list(sampling.noise_clip)}: give [low, high] with low < high")
     if soft and sampling.temperature == 0:
         problems.append("sampling.temperature=0 with thinking: soft: training needs noise; set a positive temperature")
+    if algorithm.importance_cap is not None and algorithm.old_log_density == "behaviour":
+        problems.append(
+            f"algorithm.importance_cap={algorithm.importance_cap} with old_log_density=behaviour: the ratio already "
+            "starts from the engine, the correction would count the gap twice; remove importance_cap or set "
+            "old_log_density: recompute"
+        )
     if sampling.max_thinking_tokens and sampling.max_thinking_tokens >= sampling.max_new_tokens:
         problems.append(
             f"sampling.max_thinking_tokens={sampling.max_thinking_tokens} leaves no room for an answer in "

@@ -55,6 +55,10 @@ def recipe(tmp_path: Path) -> Path:
             ["censor_delta=0.01", "remove censor_delta"],
         ),
         ({"sampling": {"temperature": 0}}, ["temperature=0", "positive"]),
+        (
+            {"algorithm": {"importance_cap": 2.0, "old_log_density": "behaviour"}},
+            ["importance_cap=2.0", "old_log_density: recompute"],
+        ),
         ({"rollout": {"num_gpus": 0.5, "tensor_parallel_size": 2}}, ["num_gpus=0.5", "set num_gpus to 2"]),
     ],
 )
