@@ -100,14 +100,10 @@ def engine_rows(model: Path, names: set[str] | None) -> list[Row]:
     wanted = [(k, b) for k in (5, 10) for b in TARGETS if names is None or f"soft_decode/k{k}/b{b}" in names]
     if not wanted:
         return []
-    stock, rows = None, []
-    for num_candidates in sorted({k for k, _ in wanted}):
-        engine = SoftEngine(spec_for(model, num_candidates))
-        stock = stock or stock_engine(model)
-        gate = check_against_naive_loop(engine, model)
-        for batch in (b for k, b in wanted if k == num_candidates):
-            rows.append(engine_row(engine, stock, num_candidates, batch, gate))
-    return rows
+    engines = {k: SoftEngine(spec_for(model, k)) for k in sorted({k for k, _ in wanted})}
+    gates = {k: check_against_naive_loop(engine, model) for k, engine in engines.items()}
+    stock = stock_engine(model)
+    return [engine_row(engines[k], stock, k, batch, gates[k]) for k, batch in wanted]
 
 
 def engine_row(engine: SoftEngine, stock: Any, num_candidates: int, batch: int, gate: str) -> Row:

@@ -49,13 +49,16 @@ def position_difference(expected: Position, found: Trajectory, index: int) -> st
     if expected.kind != Kind.SOFT:
         return None
     row = int((found.kinds[:index] == Kind.SOFT).sum())
-    kept = found.candidate_logprobs[row] > -np.inf
-    if found.candidate_ids[row][kept].tolist() != expected.ids.tolist():
-        return f"candidates {found.candidate_ids[row][kept]}, expected {expected.ids}"
-    if not np.array_equal(found.noise[row][kept], expected.noise.astype(np.float32)):
+    kept = np.flatnonzero(found.candidate_logprobs[row] > -np.inf)
+    # By id: two candidates of equal perturbed value may swap places, which changes nothing.
+    kept = kept[np.argsort(found.candidate_ids[row][kept])]
+    order = np.argsort(expected.ids)
+    if found.candidate_ids[row][kept].tolist() != expected.ids[order].tolist():
+        return f"candidates {found.candidate_ids[row][kept]}, expected {expected.ids[order]}"
+    if not np.array_equal(found.noise[row][kept], expected.noise[order].astype(np.float32)):
         return "other noise"
     for name, want in (("candidate_logprobs", expected.logprobs), ("weights", expected.weights)):
-        gap = np.abs(getattr(found, name)[row][kept] - want).max()
+        gap = np.abs(getattr(found, name)[row][kept] - want[order]).max()
         if gap > (10 if name == "weights" else 1) * TOLERANCE:
             return f"{name} differ by {gap}"
     return None
