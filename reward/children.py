@@ -20,9 +20,10 @@ from reward.wire import FrameReader, Message, encode
 
 START_TIMEOUT_S = 120.0
 CONTROL_TIMEOUT_S = 30.0
-PATIENCE_S = 0.25
+PATIENCE_S = 0.1
 """A child busy for longer gets a substitute if others wait: a few bombs must not stop a pool of two."""
 _LAST_PATIENCE_S = 2.0
+_SLOW_CPU_S = 0.07
 _HONEST_CPU_S = 0.1
 """More than the slowest comparison of MATH-500 answers takes."""
 STARVED_CPU_S = 0.05
@@ -190,7 +191,7 @@ class Child:
         substitute would get no more time, and a demoted child would starve.
         """
         now, cpu_s = time.monotonic(), self.cpu_s()
-        self.slow = self.slow or not burns_cpu or cpu_s > _HONEST_CPU_S or now - self.started > _LAST_PATIENCE_S
+        self.slow = self.slow or not burns_cpu or cpu_s > _SLOW_CPU_S or now - self.started > _LAST_PATIENCE_S
         self.next_look = now + PATIENCE_S
         if not self.demoted and cpu_s > _HONEST_CPU_S:
             self.demoted = True
