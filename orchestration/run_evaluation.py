@@ -73,6 +73,8 @@ class RunEvaluation:
             await self._beside
         if self.config.evaluation.at_end:
             await self._evaluate(step)
+            if self.prompts and self.config.evaluation.every_steps:
+                self._mark_best(step)
         self.write_summary(step)
 
     def cancel(self) -> None:
@@ -130,8 +132,12 @@ class RunEvaluation:
         score = self._load(step)[self.prompts[0].name]["pass@1"]
         checkpoint = self.directory.checkpoints / f"step_{step:06d}"
         best = self.directory.best()
-        if checkpoint.is_dir() and (best is None or score > best[1]):
-            self.directory.mark_best(checkpoint, score)
+        if best is not None and score <= best[1]:
+            return
+        if not checkpoint.is_dir():
+            logger.info("step %d is the best so far and has no checkpoint (any more); let the periods meet", step)
+            return
+        self.directory.mark_best(checkpoint, score)
 
     def _path(self, step: int) -> Any:
         return self.directory.path / FOLDER / f"step_{step:06d}.json"

@@ -86,6 +86,15 @@ def test_due_steps_run_beside_training_and_the_best_checkpoint_is_kept(tmp_path:
     assert (best[0].name, best[1]) == ("step_000002", 1.0)
 
 
+def test_the_last_checkpoint_may_be_the_best(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, every_steps=3)
+    (tmp_path / "checkpoints" / "step_000006").mkdir()
+    asyncio.run(harness.evaluation.finish(6))
+    best = harness.directory.best()
+    assert best is not None
+    assert best[0].name == "step_000006"
+
+
 def test_a_slow_evaluation_skips_the_next_instead_of_piling_up(tmp_path: Path) -> None:
     class Slow(MemoryPools):
         async def respond(self, requests: Any) -> Any:
