@@ -45,6 +45,7 @@ def make_verifier_pool(config: Config, plan: Plan) -> VerifierPool:
         lambda index: _create(VerifierActor, plan.verifier_options, plan.verifier),
         config.reward.num_actors,
         group_timeout_s=largest_group * config.reward.deadline_s + GROUP_GRADING_SLACK_S,
+        groups_per_member=config.reward.processes_per_actor,
         startup_timeout_s=config.rollout.startup_timeout_s,
         hang_timeout_s=config.rollout.request_timeout_s,
         restarts=config.pipeline.max_restarts,

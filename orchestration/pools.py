@@ -348,14 +348,17 @@ class RolloutPool(ActorPool):
 
 
 class VerifierPool(ActorPool):
-    """Verifier actors; each grades one group at a time."""
+    """Verifier actors; each grades as many groups at a time as it has children."""
 
     name = "verifier"
     ATTEMPTS = 3
 
-    def __init__(self, create: Callable[[int], Any], size: int, *, group_timeout_s: float, **options: Any) -> None:
+    def __init__(
+        self, create: Callable[[int], Any], size: int, *, group_timeout_s: float, groups_per_member: int, **options: Any
+    ) -> None:
         super().__init__(create, size, **options)
         self._group_timeout_s = group_timeout_s
+        self._groups_per_member = groups_per_member
 
     async def score(self, batch: Any, gold: str | dict[str, Any], rule: str) -> list[Grade]:
         """Grade every row of a batch. Raises `GroupFailed` when no member could within three attempts."""
@@ -378,6 +381,6 @@ class VerifierPool(ActorPool):
     async def _free_member(self) -> Member:
         while True:
             self.raise_if_broken()
-            if member := self.least_loaded(lambda member: member.in_flight == 0):
+            if member := self.least_loaded(lambda member: member.in_flight < self._groups_per_member):
                 return member
             await self._wait_for_change()

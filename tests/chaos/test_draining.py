@@ -12,7 +12,7 @@ import pytest
 
 from tests.end_to_end.recipes import Run, make_inputs, recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,7 @@ from orchestration.kuberay_stop import stop_all_jobs
 from tests.end_to_end.recipes import ROOT, make_inputs, recipe
 from tests.orchestration.ray_head import ray_head
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
 
 def steps_of(run_dir: Path) -> list[int]:
