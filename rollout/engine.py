@@ -128,6 +128,8 @@ class SoftEngine:
             "trust_remote_code": spec.trust_remote_code,
             "seed": spec.seed,
             "tensor_parallel_size": spec.tensor_parallel_size,
+            # Inside a Ray actor vLLM would place its ranks through Ray, which knows nothing of our actor's resources.
+            "distributed_executor_backend": "mp" if spec.tensor_parallel_size > 1 else "uni",
             "max_num_seqs": spec.max_num_seqs,
             "max_model_len": spec.max_model_len,
             "max_num_batched_tokens": max(spec.max_num_batched_tokens, spec.max_num_seqs),
@@ -203,6 +205,17 @@ class SoftEngine:
             raise RequestError(
                 f"request {request.request_id}: a prefix of {len(prefix.response_ids)} tokens leaves nothing of "
                 f"max_new_tokens={values['max_new_tokens']}"
+            )
+        num_soft, num_candidates = prefix.candidate_ids.shape
+        if num_soft and num_candidates != self.params.max_candidates:
+            raise RequestError(
+                f"request {request.request_id}: the prefix has {num_candidates} candidates per soft position, this "
+                f"engine max_candidates={self.params.max_candidates}"
+            )
+        if num_soft > values["thinking_budget"]:
+            raise RequestError(
+                f"request {request.request_id}: the prefix has {num_soft} soft positions, more than "
+                f"thinking_budget={values['thinking_budget']}"
             )
 
     def _sampling_params(

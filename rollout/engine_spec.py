@@ -79,6 +79,8 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     }
     if Path(spec.model_path).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
+    if spec.tensor_parallel_size > 1:
+        environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if spec.device == "cpu":
         environment |= {
             "OMP_NUM_THREADS": str(spec.num_threads),

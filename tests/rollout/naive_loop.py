@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollout.cpu_kernels import uniform_draws
+from rollout.cpu_sampling import uniform_draws
 from rollout.noise import CounterNoise
 
 DISCRETE, SOFT, ENDED, FORCED = range(4)

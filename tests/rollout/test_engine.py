@@ -174,6 +174,22 @@ def test_a_recorded_prefix_goes_on_as_if_never_interrupted(
         assert finished[each.request_id].finish_reason == whole[each.request_id].finish_reason
 
 
+def test_a_prefix_that_does_not_fit_is_refused(engine: SoftEngine) -> None:
+    (recorded,) = generate(engine, [request(2)], max_new_tokens=12, thinking_budget=12)
+    num_soft = int((recorded.kinds == Kind.SOFT).sum())
+    assert num_soft >= 2
+    narrow = dataclasses.replace(recorded, candidate_ids=recorded.candidate_ids[:, :3])
+    for prefix, settings, message in (
+        (recorded, {"max_new_tokens": len(recorded.response_ids)}, "leaves nothing of max_new_tokens"),
+        (recorded, {"thinking_budget": num_soft - 1}, "more than thinking_budget"),
+        (narrow, {}, "3 candidates per soft position, this engine max_candidates=8"),
+        (dataclasses.replace(recorded, seed=1), {}, "another prompt or seed"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            engine.add(request(2), prefix=prefix, settings=RequestSettings(**settings))
+    assert engine.num_unfinished == 0
+
+
 def test_the_engine_draws_with_the_one_sampler(engine: SoftEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     sampler = rollout.vllm_sampler.sample_soft_tokens
