@@ -83,7 +83,8 @@ def spec_for(model: Path, num_candidates: int) -> EngineSpec:
         max_num_seqs=128,
         max_model_len=MAX_LENGTH + len(PROMPT),
         max_num_batched_tokens=2048,
-        kv_cache_memory_bytes=512 << 20,
+        kv_cache_memory_bytes=256 << 20,
+        block_size=32,
         enforce_eager=True,
         end_of_thinking_id=4,
         soft={"max_candidates": num_candidates, "top_k": num_candidates, "censor_delta": 1e-3},
@@ -131,6 +132,7 @@ def stock_engine(model: Path) -> Any:
         max_model_len=spec.max_model_len,
         max_num_batched_tokens=spec.max_num_batched_tokens,
         kv_cache_memory_bytes=spec.kv_cache_memory_bytes,
+        block_size=spec.block_size,
         enforce_eager=True,
         skip_tokenizer_init=True,
         disable_log_stats=True,
@@ -174,8 +176,9 @@ class Leg:
 def interleaved(
     first: Callable[[], int], second: Callable[[], int], *, pairs: int = PAIRS, seconds: float = SECONDS
 ) -> list[tuple[Leg, Leg]]:
-    """Both in turns; each leg lasts at least `seconds`. One warm-up round each."""
-    first(), second()
+    """Both in turns; each leg lasts at least `seconds`. One warm-up round each, unless a leg is one long round."""
+    if seconds:
+        first(), second()
     return [(leg(first, seconds), leg(second, seconds)) for _ in range(pairs)]
 
 
