@@ -44,7 +44,7 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     lines = list(read_metrics(run_dir / "metrics.jsonl"))
     steps = [line for line in lines if "staleness/max" in line]
     assert max(line["staleness/max"] for line in steps) <= 1
-    assert all(line["rollout/soft_share"] > 0.3 for line in steps), "a silent fall-back to discrete rollouts"
+    assert all(line["rollout/soft_share"] > 0.1 for line in steps), "a silent fall-back to discrete rollouts"
     assert (run_dir / "plots" / "curves.png").stat().st_size > 10_000
     assert "Pass@1" in printed and str(Path("plots") / "curves.png") in printed and "mlflow" in printed
     with sqlite3.connect(tmp_path / "outputs" / "mlflow.db") as store:
