@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -69,7 +70,8 @@ def test_a_node_serves_the_gauges(job_head: Head, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", job_head.address)
     client = connect(job_head.address)
     job = client.submit_job(
-        entrypoint=f"python -c '{DRIVER}'", runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}}
+        entrypoint=f"{sys.executable} -c '{DRIVER}'",
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}},
     )
     wanted = f"{metrics_export.RAY_PREFIX}softgrpo_reward_mean"
     deadline = time.monotonic() + 90
