@@ -21,7 +21,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rollout_and_learner_killed_in_one_run(inputs: Path, tmp_path: Path) -> None:
     """A rollout actor dies in mid-generation, its replacement serves the newest weights; then the learner dies."""
-    steps = 150
+    steps = 600  # an idle machine makes 200 while an actor starts
     run = Run(recipe(inputs, tmp_path / "run", rollout__num_actors=2, steps=steps, checkpoint__every_steps=10))
     run.wait_for_step(4)
     dead = hit(run, "ray::RolloutActor")
