@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import pkgutil
 import sys
 from dataclasses import asdict
@@ -36,6 +37,7 @@ def main() -> int:
     unknown = [name for name in wanted if name.split("/")[0] not in known]
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; known: {', '.join(known)}")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported, by whichever benchmark is first
     rows: list[Row] = []
     for benchmark in known:
         names = {name for name in wanted if name.split("/")[0] == benchmark}
