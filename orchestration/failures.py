@@ -35,10 +35,6 @@ class GroupFailed(Exception):
     """A group that no actor can generate or grade (bad input, not bad luck): it is failed with this reason."""
 
 
-class LearnerLost(Exception):
-    """A learner rank died or hung: the learner group is rebuilt from the last checkpoint."""
-
-
 async def within(awaitable: Awaitable[T], seconds: float, what: str) -> T:
     """Await with a deadline. Raises `DeadlineExceeded` that says what was waited for and how long.
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from pathlib import Path
-from typing import Any
-
-import pyarrow.parquet as pq
 
 from orchestration.run_state import load_state
 from tests.end_to_end.recipes import Run
@@ -40,18 +36,3 @@ def balanced(run: Run, steps: int, groups_per_step: int) -> dict[str, int]:
     assert sorted(last) == list(range(1, steps + 1))
     assert all(line["staleness/max"] <= 1 for line in last.values())
     return dict(counts)
-
-
-def trained_groups(run_dir: Path) -> Counter[str]:
-    """How often each sampled group was trained, over all steps (samples are one group a step)."""
-    seen: Counter[str] = Counter()
-    for path in sorted((run_dir / "trajectories").glob("step_*.parquet")):
-        seen[pq.read_table(path, columns=["group_id"]).column("group_id")[0].as_py()] += 1
-    return seen
-
-
-def weights_of(run_dir: Path) -> dict[str, Any]:
-    """The exported model's tensors."""
-    from safetensors.torch import load_file
-
-    return load_file(run_dir / "model" / "model.safetensors")
