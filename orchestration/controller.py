@@ -138,7 +138,7 @@ class Controller:
                     break
                 try:
                     await self._train(group_ids)
-                    if self.step % self.config.checkpoint.every_steps == 0:
+                    if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.config.steps:
                         await self.checkpoint()
                 except ReplayError as error:
                     self._fail_batch(error)

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from learner.spec import LearnerError
@@ -116,6 +116,7 @@ def test_stop_request_leaves_a_checkpoint_with_everything(tmp_path: Path) -> Non
 
 @settings(max_examples=40, deadline=None)
 @given(deaths=st.lists(st.integers(0, 30), max_size=3, unique=True), bound=st.integers(0, 3), every=st.integers(1, 5))
+@example(deaths=[15], bound=0, every=5)  # in the last checkpoint
 def test_learner_deaths_in_any_phase(deaths: list[int], bound: int, every: int, tmp_path_factory) -> None:
     calls = Counter()
 
