@@ -151,8 +151,8 @@ class Watchdog:
                 self._asked.clear()
                 logger.warning("%s", self.report(["asked by SIGUSR1", *reasons]))
             elif reasons:
-                self.num_reports += 1
                 logger.error("%s", self.report(reasons))
+                self.num_reports += 1  # after the report: who sees the count may let go of what the report describes
 
 
 def _thread_stacks() -> list[str]:
