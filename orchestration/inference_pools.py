@@ -14,7 +14,8 @@ import ray
 from orchestration.config import Config
 from orchestration.evaluate import MAX_GROUP, TwoPools
 from orchestration.plan import Plan, make_plan
-from orchestration.pools import ROOM_PER_SEAT, RolloutPool, VerifierPool
+from orchestration.pools import VerifierPool
+from orchestration.rollout_pool import ROOM_PER_SEAT, RolloutPool
 from orchestration.validate import Resolved
 from reward.actor import VerifierActor
 from rollout.actor import RolloutActor

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from orchestration.failures import ActorLost, DeadlineExceeded, GroupFailed, PoolExhausted, RunError, within
-from rollout.request import GroupSummary, RolloutRequest
 
 if TYPE_CHECKING:
-    from learner.spec import PublishedWeights
     from reward.verdict import Grade
 
 logger = logging.getLogger(__name__)
@@ -32,9 +28,6 @@ PING_EVERY_S = 5.0
 PING_DEADLINE_S = 60.0
 RESTART_PAUSE_S = 1.0
 RETIRE_POLL_S = 0.2
-ROOM_PER_SEAT = 3
-"""Requests dispatched per sequence that an engine decodes: a group keeps its room until its longest response ends, and
-with less the engine runs dry. In simulation 1, 2 and 3 reach .50, .86 and .97 of the ideal rate at bound 4."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,23 +44,6 @@ class Member:
     stats: dict[str, Any] = field(default_factory=dict)
     """Its counters at the last ping: no change while it has work is no progress."""
     progressed_at: float = field(default_factory=time.monotonic)
-
-
-@dataclass(slots=True)
-class Reservation:
-    """Room for some requests on a member, taken before the task that uses it has even started."""
-
-    member: Member
-    version: int
-    """Policy version of the member when the room was taken: no token will be older."""
-    size: int
-    held: bool = True
-
-    def release(self) -> None:
-        """Give the room back; harmless when that has happened."""
-        if self.held:
-            self.held = False
-            self.member.in_flight -= self.size
 
 
 class ActorPool:
@@ -242,109 +218,6 @@ class ActorPool:
         if not task.cancelled() and task.exception() is not None and self._fatal is None:
             self._fatal = task.exception()
             self.changed.set()
-
-
-class RolloutPool(ActorPool):
-    """vLLM actors; each serves the newest version that it has fetched."""
-
-    name = "rollout"
-
-    def __init__(
-        self,
-        create: Callable[[int], Any],
-        size: int,
-        *,
-        request_timeout_s: float,
-        sync_timeout_s: float,
-        max_in_flight: int,
-        **options: Any,
-    ) -> None:
-        super().__init__(create, size, **options)
-        self._request_timeout_s = request_timeout_s
-        self._sync_timeout_s = sync_timeout_s
-        self._max_in_flight = max_in_flight
-        self._newest: PublishedWeights | None = None
-        self._syncing: set[Member] = set()
-        self._sync_reports: list[Any] = []
-
-    def reserve(self, size: int, accepts_version: Callable[[int], bool]) -> Reservation | None:
-        """Room for `size` requests on the least loaded member whose version is acceptable, if there is any."""
-        member = self.least_loaded(
-            lambda member: member.in_flight < self._max_in_flight and accepts_version(member.version)
-        )
-        if member is None:
-            return None
-        member.in_flight += size
-        return Reservation(member, member.version, size)
-
-    async def generate(self, room: Reservation, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
-        """Generate one group in its room; the batch stays in the object store, its reference comes back."""
-        member = room.member
-        try:
-            batch, summary = member.actor.generate.options(num_returns=2).remote(list(requests))
-            (result,) = await self.call(
-                member, [summary], self._request_timeout_s, f"group {requests[0].group_id} on rollout {member.index}"
-            )
-            return batch, result
-        except asyncio.CancelledError:
-            member.actor.abort.remote([request.request_id for request in requests])
-            raise
-        finally:
-            room.release()
-            self.changed.set()
-
-    async def respond(self, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
-        """Generate one group on whichever member serves the newest version, again where one is lost."""
-        while True:
-            self.raise_if_broken()
-            newest = max((member.version for member in self.members if member.ready), default=0)
-            room = self.reserve(len(requests), partial(operator.le, newest))
-            if room is None:
-                await self._wait_for_change()
-                continue
-            try:
-                return await self.generate(room, requests)
-            except ActorLost:
-                continue
-
-    def publish(self, weights: PublishedWeights) -> None:
-        """Let every member fetch this version while it goes on generating; slow ones skip versions."""
-        self._newest = weights
-        for member in self.members:
-            if member.ready and member not in self._syncing:
-                self._spawn(self._sync(member), f"sync {member.index}")
-
-    async def synchronised(self) -> None:
-        """Wait until every ready member serves the newest version."""
-        while self._newest is not None and any(
-            member.version < self._newest.manifest.version for member in self.members if member.ready
-        ):
-            self.raise_if_broken()
-            await self._wait_for_change()
-
-    def take_sync_reports(self) -> list[Any]:
-        """Reports of the weight updates since the last call."""
-        reports, self._sync_reports = self._sync_reports, []
-        return reports
-
-    async def _prepare(self, member: Member) -> None:
-        await self._sync(member)
-
-    async def _sync(self, member: Member) -> None:
-        self._syncing.add(member)
-        try:
-            while self._newest is not None and member.version < self._newest.manifest.version:
-                weights = self._newest
-                ref = member.actor.update_weights.remote(list(weights.links), list(weights.shards))
-                what = f"weights {weights.manifest.version} to reach rollout actor {member.index}"
-                (report,) = await self.call(member, [ref], self._sync_timeout_s, what)
-                self._sync_reports.append(report)
-                member.version = weights.manifest.version
-                self.changed.set()
-        except ActorLost:
-            return
-        finally:
-            self._syncing.discard(member)
 
 
 class VerifierPool(ActorPool):

@@ -21,7 +21,7 @@ from orchestration.config import Config, parse_config
 from orchestration.controller import Controller, Parts
 from orchestration.dataset import PromptRow, PromptStream, Visit
 from orchestration.failures import ActorLost
-from orchestration.pools import ROOM_PER_SEAT, Reservation
+from orchestration.rollout_pool import ROOM_PER_SEAT, Reservation
 from orchestration.run_state import RunDirectory, RunState, load_state
 from orchestration.step_metrics import StepMetrics
 from reward.verdict import Grade, Verdict
