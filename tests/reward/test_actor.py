@@ -47,7 +47,7 @@ def test_the_spec_imports_nothing_heavy() -> None:
 def test_actor_grades_beside_a_bomb_and_takes_its_children_with_it(ray_local: None) -> None:
     import ray
 
-    actor = ray.remote(VerifierActor).options(max_concurrency=4, num_cpus=0.5).remote(VerifierSpec(2, 3.0, MEMORY_MB))
+    actor = ray.remote(VerifierActor).options(max_concurrency=4, num_cpus=0.5).remote(VerifierSpec(2, 6.0, MEMORY_MB))
     ready = ray.get(actor.ready.remote(), timeout=60)
     assert ready["program_isolation"].startswith("filter")
     stuck = actor.score.remote(ray.put(batch_of([TOWER])), "42", "math")
@@ -56,7 +56,7 @@ def test_actor_grades_beside_a_bomb_and_takes_its_children_with_it(ray_local: No
     grades = ray.get(actor.score.remote(ray.put(batch_of(texts)), "42", "math + 0.1*format"), timeout=30)
     assert [grade.verdict for grade in grades] == [Verdict.CORRECT, Verdict.INCORRECT, Verdict.UNPARSEABLE]
     assert [grade.reward for grade in grades] == pytest.approx([1.1, 0.1, 0.1])
-    assert time.monotonic() - began < 2.5, "the bomb of another group held this one up"
+    assert time.monotonic() - began < 5.0, "the bomb of another group held this one up"
     assert ray.get(stuck, timeout=30)[0].verdict is Verdict.TIMEOUT
     stats = ray.get(actor.stats.remote(), timeout=30)
     assert stats["verdict_timeout"] == 1 and stats["verdict_correct"] == 1
