@@ -5,6 +5,7 @@
 | soft     | soft     | -                                                                                 |
 | discrete | discrete | ordinary sampling of one token per step                                           |
 | argmax   | soft     | every mixture is replaced by its heaviest candidate, same noise: does it matter?  |
+| mean     | soft     | the mixture without noise: candidates weigh what they are probable                |
 
 Matched decoding (the default): temperature, top-k and top-p of the recipe's thinking hold for every arm and for the
 answer. The paper compares arms at different settings; `own` does that too. Several temperatures make one arm each.
@@ -19,9 +20,9 @@ from typing import Any, Literal
 from orchestration.config import Config, ConfigError
 from rollout.request import RequestSettings
 
-ARM_NAMES = ("soft", "discrete", "argmax")
-ARGMAX_TEMPERATURE = 1e-4
-"""Gumbel temperature at which a mixture is its heaviest candidate to fp32 unless two are within 1e-3."""
+ARM_NAMES = ("soft", "discrete", "argmax", "mean")
+ARM_MIXTURES = {"argmax": {"gumbel_temperature": 0.0}, "mean": {"gumbel_temperature": 1.0, "noise_scale": 0.0}}
+"""What makes an arm's mixture another one than `soft`'s. Without noise, softmax(log p / 1) = p."""
 
 Decoding = Literal["matched", "own"]
 
@@ -39,7 +40,6 @@ class EvaluationArm:
         sampling = config.sampling
         noise = {
             "noise": sampling.noise,
-            "noise_scale": sampling.noise_scale,
             "noise_clip": sampling.noise_clip and list(sampling.noise_clip),
             "log_epsilon": sampling.log_epsilon,
             "censor_delta": config.censor_delta,
@@ -54,6 +54,8 @@ def make_arms(
     unknown = [name for name in names if name not in ARM_NAMES]
     if unknown or not names:
         raise ConfigError(f"--arms {','.join(names)}: choose from {', '.join(ARM_NAMES)}")
+    if "mean" in names and config.sampling.noise not in ("gumbel", "none"):
+        raise ConfigError(f"--arms mean with sampling.noise={config.sampling.noise}: only gumbel noise can be left out")
     arms = []
     for temperature in temperatures or (None,):
         for name in dict.fromkeys(names):
@@ -69,16 +71,16 @@ def _arm(name: str, label: str, config: Config, decoding: Decoding, temperature:
         answer_settings = (thinking_temperature, sampling.top_p, sampling.top_k)
     else:
         answer_settings = (answer.temperature if temperature is None else temperature, answer.top_p, answer.top_k)
+    mixture = {"gumbel_temperature": sampling.gumbel_temperature, "noise_scale": sampling.noise_scale}
     return EvaluationArm(
         label,
         "discrete" if name == "discrete" else "soft",
         RequestSettings(
+            **(mixture | ARM_MIXTURES.get(name, {})),
             temperature=thinking_temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=0.0 if decoding == "matched" else sampling.min_p,
-            gumbel_temperature=ARGMAX_TEMPERATURE if name == "argmax" else sampling.gumbel_temperature,
-            noise_scale=sampling.noise_scale,
             max_new_tokens=sampling.max_new_tokens,
             thinking_budget=config.thinking_budget,
             answer_temperature=answer_settings[0],

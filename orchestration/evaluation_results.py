@@ -108,6 +108,6 @@ def _arm_pairs(
 
 def _decoding_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """Settings of decoding, other than the arm's own nature, in which two arms differ."""
-    arm_defining = {"thinking", "gumbel_temperature"}
+    arm_defining = {"thinking", "gumbel_temperature", "noise_scale"}
     keys = sorted((first.keys() & second.keys()) - arm_defining)
     return ", ".join(f"{key} {first[key]!r} and {second[key]!r}" for key in keys if first[key] != second[key])

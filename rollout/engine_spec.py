@@ -148,7 +148,7 @@ def _range_problems(spec: EngineSpec, request: RolloutRequest, values: dict[str,
     need(1 <= values["thinking_budget"] <= spec.thinking_budget, "thinking_budget", f"1 to {spec.thinking_budget}")
     need(1 <= values["top_k"] <= num_columns, "top_k", f"1 to max_candidates={num_columns}")
     need(values["temperature"] >= 0, "temperature", "must be >= 0 (0 is greedy)")
-    need(values["gumbel_temperature"] > 0, "gumbel_temperature", "must be > 0")
+    need(values["gumbel_temperature"] >= 0, "gumbel_temperature", "must be >= 0 (0 is the heaviest candidate alone)")
     need(0 < values["top_p"] <= 1, "top_p", "must be in (0, 1]")
     need(0 <= values["min_p"] < 1, "min_p", "must be in [0, 1)")
     need(values["noise_scale"] >= 0, "noise_scale", "must be >= 0")

@@ -48,6 +48,8 @@ class SoftTokenParams:
     min_p: float | Tensor = 0.0
     """Candidates under min_p * max(p) are dropped, after top-p."""
     gumbel_temperature: float | Tensor = 0.1
+    """Of the softmax over perturbed values (`noise: none` mixes by probability instead); 0 puts all weight on the
+    heaviest candidate, whatever the noise."""
     noise: NoiseFamily = "gumbel"
     noise_scale: float | Tensor = 1.0
     """Multiplies Gumbel draws and the standard deviation of gaussian ones; `dirichlet` has no scale."""
@@ -66,7 +68,7 @@ class SoftTokenParams:
             ("top_k", self.top_k, 1, self.max_candidates, True),
             ("top_p", self.top_p, 0.0, 1.0, False),
             ("min_p", self.min_p, 0.0, 1.0, True),
-            ("gumbel_temperature", self.gumbel_temperature, 0.0, math.inf, False),
+            ("gumbel_temperature", self.gumbel_temperature, 0.0, math.inf, True),
             ("noise_scale", self.noise_scale, 0.0, math.inf, True),
             ("log_epsilon", self.log_epsilon, 0.0, 1.0, True),
         )
@@ -198,17 +200,24 @@ def _draw(logprobs: Tensor, ids: Tensor, mixed: Tensor, params: SoftTokenParams,
 def _mixture(perturbed: Tensor, params: SoftTokenParams) -> tuple[Tensor, Tensor | None]:
     """fp32 weights of sorted perturbed values (0 where censored) and the censoring threshold [B]."""
     values = perturbed.to(torch.float64)
+    tau = torch.as_tensor(_column(params.gumbel_temperature), dtype=torch.float64, device=values.device)
+    single = tau == 0
+    heaviest = torch.zeros_like(perturbed)
+    heaviest[:, 0] = 1.0
     if params.noise in ("gaussian", "dirichlet"):
         present = values.masked_fill(perturbed == -math.inf, 0.0)
-        return (present / present.sum(dim=-1, keepdim=True)).to(torch.float32), None
-    tau = 1.0 if params.noise == "none" else _column(params.gumbel_temperature)
+        weights = (present / present.sum(dim=-1, keepdim=True)).to(torch.float32)
+        return torch.where(single, heaviest, weights), None
+    if params.noise == "none":
+        tau = torch.ones_like(tau)
     threshold = None
     if params.censor_delta is not None:
         # Compared in fp32 with the fp32 values, as the learner does with what was stored.
         threshold = (values[:, :1] + tau * math.log(params.censor_delta)).to(torch.float32)
         values = values.masked_fill(perturbed < threshold, -math.inf)
         threshold = threshold.squeeze(1)
-    return torch.softmax((values - values[:, :1]) / tau, dim=-1).to(torch.float32), threshold
+    weights = torch.softmax((values - values[:, :1]) / tau.masked_fill(single, 1.0), dim=-1).to(torch.float32)
+    return torch.where(single, heaviest, weights), threshold
 
 
 def mix_embeddings(weight: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

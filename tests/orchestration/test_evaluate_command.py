@@ -51,7 +51,7 @@ def test_arms_share_an_engine_and_a_second_call_has_nothing_to_do(
         "--config",
         str(recipe),
         "--arms",
-        "soft,discrete,argmax",
+        "soft,discrete,argmax,mean",
         "--samples",
         "4",
         "--traces",
@@ -64,8 +64,9 @@ def test_arms_share_an_engine_and_a_second_call_has_nothing_to_do(
     assert "argmax - soft" in done.stdout
 
     result = ResultDirectory(recipe.parent / "run" / "evaluation")
-    soft, discrete, argmax = (result.samples("chain", arm) for arm in ("soft", "discrete", "argmax"))
-    for samples in (soft, discrete, argmax):
+    arms = ("soft", "discrete", "argmax", "mean")
+    soft, discrete, argmax, mean = (result.samples("chain", arm) for arm in arms)
+    for samples in (soft, discrete, argmax, mean):
         assert len(samples) == 4
         assert all(len(found) == 4 for found in samples.values())
     mixtures = [sample.active for found in soft.values() for sample in found if sample.soft_length]
@@ -73,6 +74,9 @@ def test_arms_share_an_engine_and_a_second_call_has_nothing_to_do(
     replaced = [sample for found in argmax.values() for sample in found if sample.soft_length]
     assert replaced
     assert all(sample.active == 1 and sample.top_weight == 1 for sample in replaced), "argmax leaves one candidate"
+    for found in mean.values():
+        assert len({sample.trace for sample in found}) == 1, "without noise everyone thinks the same"
+        assert found[0].active is None or found[0].active > 1, "and still in mixtures"
     assert not any(sample.soft_length for found in discrete.values() for sample in found)
     first = {question: found[0].trace for question, found in soft.items()}
     assert set(first) == set(argmax) == set(discrete)
@@ -80,7 +84,7 @@ def test_arms_share_an_engine_and_a_second_call_has_nothing_to_do(
     monkeypatch.setattr("orchestration.cluster.connected", None)  # calling it would fail
     assert main(arguments[1:]) == 0
     record = json.loads((result.path / "results.json").read_text())
-    assert [entry["arm"] for entry in record["results"]] == ["soft", "discrete", "argmax"]
+    assert [entry["arm"] for entry in record["results"]] == list(arms)
     with pytest.raises(ConfigError, match="samples was 4 and is now 2"):
         main([*arguments[1:], "--samples", "2"])
 
@@ -88,7 +92,7 @@ def test_arms_share_an_engine_and_a_second_call_has_nothing_to_do(
 def test_nothing_to_evaluate_is_said_before_anything_starts(recipe: Path) -> None:
     with pytest.raises(ConfigError, match="no benchmark"):
         main(["--config", str(recipe), "data.evaluation=[]"])
-    with pytest.raises(ConfigError, match="choose from soft, discrete, argmax"):
+    with pytest.raises(ConfigError, match="choose from soft, discrete, argmax, mean"):
         main(["--config", str(recipe), "--arms", "soft,greedy"])
     with pytest.raises(ConfigError, match="no such directory"):
         main(["--config", str(recipe), "--checkpoint", str(recipe.parent / "nothing")])

@@ -15,7 +15,7 @@ from orchestration.config import Config, ConfigError, parse_config
 from orchestration.dataset import PromptRow
 from orchestration.evaluate import EvaluationSettings, FinishedCall, evaluation_requests
 from orchestration.evaluate_command import evaluation_config, model_digest
-from orchestration.evaluation_arms import ARGMAX_TEMPERATURE, make_arms
+from orchestration.evaluation_arms import make_arms
 from orchestration.evaluation_results import compare_results, summarise
 from orchestration.evaluation_store import PartWriter, ResultDirectory, missing_calls
 from orchestration.evaluation_summary import arm_statistics
@@ -189,14 +189,20 @@ def config(**sampling: Any) -> Config:
 
 
 def test_matched_decoding_gives_every_arm_the_same_settings() -> None:
-    soft, discrete, argmax = make_arms(["soft", "discrete", "argmax"], config(), "matched")
-    for arm in (soft, discrete, argmax):
+    arms = make_arms(["soft", "discrete", "argmax", "mean"], config(), "matched")
+    for arm in arms:
         settings = arm.settings
         assert (settings.temperature, settings.top_k, settings.top_p) == (0.9, 5, 0.95)
         assert (settings.answer_temperature, settings.answer_top_k, settings.answer_top_p) == (0.9, 5, 0.95)
-    assert [arm.thinking for arm in (soft, discrete, argmax)] == ["soft", "discrete", "soft"]
-    assert argmax.settings.gumbel_temperature == ARGMAX_TEMPERATURE
-    assert soft.record(config())["censor_delta"] == 1e-3
+    assert [arm.thinking for arm in arms] == ["soft", "discrete", "soft", "soft"]
+    mixtures = [(arm.settings.gumbel_temperature, arm.settings.noise_scale) for arm in arms]
+    assert mixtures == [(0.1, 1.0), (0.1, 1.0), (0.0, 1.0), (1.0, 0.0)]
+    records = [arm.record(config()) for arm in arms]
+    assert records[0]["censor_delta"] == 1e-3
+    assert (records[0]["noise_scale"], records[3]["noise_scale"]) == (1.0, 0.0), "what the rows were drawn with"
+    dirichlet = config(thinking="discrete", noise="dirichlet")
+    with pytest.raises(ConfigError, match="only gumbel noise can be left out"):
+        make_arms(["mean"], dirichlet, "matched")
 
 
 def test_own_decoding_and_temperature_sweeps() -> None:

@@ -246,7 +246,7 @@ def test_weights_change_under_running_requests(start_engine: EngineFactory, pari
         ({}, {"thinking_budget": 65}, "thinking_budget=65: 1 to 64"),
         ({}, {"top_k": 9}, "top_k=9: 1 to max_candidates=8"),
         ({}, {"temperature": -0.5}, "temperature=-0.5: must be >= 0"),
-        ({}, {"gumbel_temperature": 0.0}, "gumbel_temperature=0.0: must be > 0"),
+        ({}, {"gumbel_temperature": -0.1}, "gumbel_temperature=-0.1: must be >= 0"),
         ({}, {"answer_top_p": 0.0}, r"answer_top_p=0.0: must be in \(0, 1\]"),
         ({}, {"max_new_tokens": 0}, "max_new_tokens=0: at least 1"),
     ],

@@ -333,7 +333,7 @@ def test_nothing_depends_on_the_data_of_a_tensor() -> None:
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_p", -0.1),
-        ("gumbel_temperature", 0.0),
+        ("gumbel_temperature", -0.1),
         ("noise", "uniform"),
         ("noise_clip", (3.0, -1.5)),
         ("censor_delta", 0.0),
@@ -344,6 +344,19 @@ def test_nothing_depends_on_the_data_of_a_tensor() -> None:
 def test_settings_out_of_range_are_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
         SoftTokenParams(**{name: value})
+
+
+@pytest.mark.parametrize("noise", ["gumbel", "gaussian", "dirichlet", "none"])
+def test_gumbel_temperature_zero_leaves_the_heaviest_candidate_alone(noise: str) -> None:
+    """Per row, whatever the noise: the same candidates are drawn, the mixture is replaced by its argmax."""
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0)) * 0.1
+    temperatures = torch.tensor([0.0, 0.5] * 4)
+    mixed = sample_soft_tokens(logits, SoftTokenParams(noise=noise, gumbel_temperature=0.5), rows(8))  # type: ignore[arg-type]
+    params = SoftTokenParams(noise=noise, gumbel_temperature=temperatures)  # type: ignore[arg-type]
+    drawn = sample_soft_tokens(logits, params, rows(8))
+    assert torch.equal(drawn.ids, mixed.ids) and torch.equal(drawn.perturbed, mixed.perturbed)
+    assert torch.equal(drawn.weights[1::2], mixed.weights[1::2])
+    assert torch.equal(drawn.weights[::2], torch.eye(5)[[0] * 4])
 
 
 def test_wrong_shapes_are_refused() -> None:
