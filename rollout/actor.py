@@ -2,6 +2,7 @@
 
     event loop (async methods)                         engine thread (owns SoftEngine, steps it)
     generate: submit requests, await their futures --> commands are run between two steps
+    cut: end running calls with what they have     --> abort, futures get the rows so far; any actor continues them
     update_weights: fetch + verify shards, then    --> load_weights, then go on stepping
     pack, decode: worker threads                   <-- finished trajectories resolve futures
 
@@ -16,17 +17,17 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from rollout.engine import EngineError, EngineSpec, SoftEngine
+from rollout.engine import EngineError, EngineSpec, RequestError, SoftEngine
 from rollout.payload import candidate_entropy
 from rollout.request import GroupSummary, RolloutRequest
-from rollout.trajectory import Kind, Trajectory, pack
+from rollout.trajectory import Kind, Trajectory, pack, unpack
 from rollout.transport import Link, make_receiver
 from rollout.weights import WeightManifest
 
@@ -95,14 +96,16 @@ class EngineThread:
         self._enqueue(Command(run, (future,)))
         return future
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[concurrent.futures.Future[Trajectory]]:
-        """One future per request. A request that is refused fails alone."""
+    def generate(
+        self, requests: Sequence[RolloutRequest], prefixes: Mapping[str, Trajectory]
+    ) -> list[concurrent.futures.Future[Trajectory]]:
+        """One future per request; those in `prefixes` (by id) go on there. A request that is refused fails alone."""
         futures: list[concurrent.futures.Future[Trajectory]] = [pending_future() for _ in requests]
 
         def run(engine: SoftEngine) -> None:
             for request, future in zip(requests, futures, strict=True):
                 try:
-                    engine.add(request)
+                    engine.add(request, prefix=prefixes.get(request.request_id))
                 except ValueError as error:
                     future.set_exception(error)
                 else:
@@ -115,11 +118,34 @@ class EngineThread:
         """Stop requests; their futures fail with `RequestAborted`."""
 
         def run(engine: SoftEngine) -> list[Trajectory]:
-            partial = engine.abort(request_ids)
+            return self._fail_aborted(engine, request_ids)
+
+        return self.call(run)
+
+    def withdraw(self, futures: Collection[concurrent.futures.Future[Trajectory]]) -> None:
+        """Abort the requests that these futures wait for, and no other that happens to have the same id."""
+        owned = set(futures)
+
+        def run(engine: SoftEngine) -> None:
+            self._fail_aborted(engine, [name for name, future in self._waiting.items() if future in owned])
+
+        self.call(run)
+
+    def _fail_aborted(self, engine: SoftEngine, request_ids: Sequence[str]) -> list[Trajectory]:
+        partial = engine.abort(request_ids)
+        for trajectory in partial:
+            future = self._waiting.pop(trajectory.request_id)
+            future.set_exception(RequestAborted(f"request {trajectory.request_id} was aborted"))
+        return partial
+
+    def cut(self, request_ids: Collection[str] | None) -> concurrent.futures.Future[int]:
+        """Stop requests (None: all); their futures get what they have so far. The number that was running."""
+
+        def run(engine: SoftEngine) -> int:
+            partial = engine.abort(list(self._waiting if request_ids is None else request_ids))
             for trajectory in partial:
-                future = self._waiting.pop(trajectory.request_id)
-                future.set_exception(RequestAborted(f"request {trajectory.request_id} was aborted"))
-            return partial
+                self._waiting.pop(trajectory.request_id).set_result(trajectory)
+            return len(partial)
 
         return self.call(run)
 
@@ -204,33 +230,42 @@ class RolloutActor:
             "waited_s": time.monotonic() - started,
         }
 
-    async def generate(self, requests: list[RolloutRequest]) -> tuple[pa.RecordBatch, GroupSummary]:
-        """Generate one group; resolves when all its requests have finished.
+    async def generate(
+        self, requests: list[RolloutRequest], so_far: pa.RecordBatch | None = None
+    ) -> tuple[pa.RecordBatch, GroupSummary]:
+        """Generate one group; resolves when all its requests have finished or were cut (`num_cut` of the summary).
+
+        `so_far` is the batch of a call that was cut, on this or another actor: its finished rows are taken over, the
+        others go on from their recorded positions as if never interrupted.
 
         Raises `RequestError` if one of them is refused, `RequestAborted` if one is aborted; the others are stopped.
         """
         started = time.monotonic()
+        found = _rows_by_id(requests, so_far)
+        open_requests = [each for each in requests if not _is_finished(found.get(each.request_id))]
         # Submitted before the first await: an abort that arrives later finds them.
-        futures = [asyncio.wrap_future(future) for future in self._engine.generate(requests)]
-        self._generating += len(requests)
+        submitted = self._engine.generate(open_requests, found)
+        futures = [asyncio.wrap_future(future) for future in submitted]
+        self._generating += len(open_requests)
         try:
-            trajectories = await asyncio.gather(*futures)
+            found |= {trajectory.request_id: trajectory for trajectory in await asyncio.gather(*futures)}
         except BaseException:
-            self._engine.abort([request.request_id for request in requests])
+            self._engine.withdraw(submitted)
             await asyncio.gather(*futures, return_exceptions=True)
             raise
         finally:
-            self._generating -= len(requests)
-        engine = self._engine.started.result()
-        batch, texts = await asyncio.to_thread(self._finish, engine, trajectories)
-        return batch, summarise(texts, time.monotonic() - started)
+            self._generating -= len(open_requests)
+        engine = await asyncio.wrap_future(self._engine.started)
+        trajectories = [found[request.request_id] for request in requests]
+        batch, trajectories = await asyncio.to_thread(self._finish, engine, trajectories)
+        return batch, summarise(trajectories, time.monotonic() - started, self._version)
 
     def _finish(
         self, engine: SoftEngine, trajectories: Sequence[Trajectory]
     ) -> tuple[pa.RecordBatch, list[Trajectory]]:
         with_text = []
         for trajectory in trajectories:
-            response, answer = engine.decode(trajectory)
+            response, answer = engine.decode(trajectory) if _is_finished(trajectory) else ("", "")
             with_text.append(replace(trajectory, response_text=response, answer_text=answer))
         return pack(with_text, self._max_candidates), with_text
 
@@ -269,6 +304,13 @@ class RolloutActor:
         aborted = await asyncio.wrap_future(self._engine.abort(request_ids))
         return len(aborted)
 
+    async def cut(self, request_ids: Sequence[str] | None = None) -> int:
+        """End running `generate` calls at the next step boundary with what they have; returns how many were running.
+
+        None cuts every request. The calls resolve with rows whose finish reason is `cut`.
+        """
+        return await asyncio.wrap_future(self._engine.cut(request_ids))
+
     async def stats(self) -> dict[str, float]:
         """Liveness and counters; answers also while the engine is busy or hangs, fails once it has failed."""
         if self._engine.failure is not None:
@@ -294,8 +336,22 @@ def _swap(engine: SoftEngine, manifest: WeightManifest, shards: Sequence[np.ndar
     return time.monotonic() - started
 
 
-def summarise(trajectories: Sequence[Trajectory], seconds: float) -> GroupSummary:
-    """What the controller needs to know of a finished group."""
+def _rows_by_id(requests: Sequence[RolloutRequest], so_far: pa.RecordBatch | None) -> dict[str, Trajectory]:
+    """The rows of a cut batch. Raises `RequestError` unless they are those of the requests."""
+    if so_far is None:
+        return {}
+    found = {trajectory.request_id: trajectory for trajectory in unpack(so_far)}
+    if found.keys() != {request.request_id for request in requests}:
+        raise RequestError(f"group {requests[0].group_id}: the batch to go on from has other requests: {list(found)}")
+    return found
+
+
+def _is_finished(trajectory: Trajectory | None) -> bool:
+    return trajectory is not None and trajectory.finish_reason != "cut"
+
+
+def summarise(trajectories: Sequence[Trajectory], seconds: float, version: int) -> GroupSummary:
+    """What the controller needs to know of a group; `version` is served now, for a group without any token yet."""
     entropies, heaviest = [], []
     for trajectory in trajectories:
         entropies.append(candidate_entropy(trajectory.candidate_logprobs))
@@ -307,10 +363,11 @@ def summarise(trajectories: Sequence[Trajectory], seconds: float) -> GroupSummar
         request_ids=tuple(trajectory.request_id for trajectory in trajectories),
         lengths=tuple(len(trajectory.response_ids) for trajectory in trajectories),
         soft_lengths=tuple(int((trajectory.kinds == Kind.SOFT).sum()) for trajectory in trajectories),
-        oldest_version=min(low for low, _ in versions),
-        newest_version=max(high for _, high in versions),
+        oldest_version=min((low for low, _ in versions), default=version),
+        newest_version=max((high for _, high in versions), default=version),
         num_truncated=sum(trajectory.finish_reason == "length" for trajectory in trajectories),
         entropy=float(entropy.mean()) if entropy.size else 0.0,
         top_weight=float(top.mean()) if top.size else 0.0,
         seconds=seconds,
+        num_cut=sum(trajectory.finish_reason == "cut" for trajectory in trajectories),
     )

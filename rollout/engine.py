@@ -273,13 +273,13 @@ class SoftEngine:
         return finished
 
     def abort(self, request_ids: Sequence[str]) -> list[Trajectory]:
-        """Stop requests; returns what they have so far, which `add(prefix=...)` can continue anywhere."""
+        """Stop requests; what they have so far (finish reason `cut`), which `add(prefix=...)` continues anywhere."""
         internal = [self._internal[name] for name in request_ids if name in self._internal]
         partial = [self._recordings[name] for name in internal]
         self._core.abort_requests(internal)
         for name in internal:
             self._forget(name)
-        return [recording.finish("abort") for recording in partial]
+        return [recording.finish("cut") for recording in partial]
 
     def _forget(self, internal: str) -> None:
         recording = self._recordings.pop(internal)

@@ -68,3 +68,5 @@ class GroupSummary:
     """Mean over soft positions of the heaviest weight; 0 without any."""
     seconds: float
     """Wall time from the call to the last finished request."""
+    num_cut: int = 0
+    """Responses that were cut at a step boundary: the batch goes on in another call before anybody uses it."""

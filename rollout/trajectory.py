@@ -68,7 +68,7 @@ class Trajectory:
     censor_threshold: np.ndarray
     """[S] fp32, NaN where the mixture was not censored"""
     finish_reason: str
-    """stop | length"""
+    """stop | length; cut: stopped at a step boundary, to go on elsewhere (never trained)"""
     response_text: str
     """The response without special tokens, for verifiers and reports."""
     answer_text: str
