@@ -17,6 +17,20 @@ REQUIRED = (
     "num_attention_heads",
     "max_position_embeddings",
 )
+RESCALED = (
+    "final_logit_softcapping",
+    "logits_scaling",
+    "logit_scale",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logits_mup_width_multiplier",
+    "lm_head_multiplier",
+    "embedding_multiplier",
+    "scale_emb",
+)
+"""Keys with which a model (Gemma, Granite, Cohere, MiniCPM, ...) changes what its embedding or output matrix gives."""
+SCALED_EMBEDDINGS = "gemma"
+"""Model types that scale embeddings by sqrt(hidden_size), without a key that says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +75,15 @@ def read_model_facts(directory: Path) -> ModelFacts:
     absent = [key for key in REQUIRED if not isinstance(tree.get(key), int)]
     if absent:
         raise ConfigError(f"{file}: {', '.join(absent)} missing; only text decoders like Llama and Qwen2 are supported")
+    rescaled = [f"{key}={tree[key]}" for key in RESCALED if tree.get(key) not in (None, 0, 1)]
+    if str(tree.get("model_type")).startswith(SCALED_EMBEDDINGS):
+        rescaled.append(f"model_type={tree['model_type']} (scaled embeddings)")
+    if rescaled:
+        raise ConfigError(
+            f"{file}: {', '.join(rescaled)}: the learner scores candidates and mixes soft tokens with plain rows of the "
+            "output and embedding matrices and would train on wrong likelihoods; choose a model without, such as Qwen "
+            "or Llama"
+        )
     has_weights = any(directory.glob("*.safetensors"))
     if not has_weights and any(directory.glob("*.bin")):
         raise ConfigError(

@@ -229,6 +229,28 @@ def test_model_facts(tiny_model_dir: Path, tmp_path: Path) -> None:
         read_model_facts(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"final_logit_softcapping": 30.0},
+        {"logits_scaling": 8.0},
+        {"logit_scale": 0.0625},
+        {"model_type": "gemma3_text"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_models_that_rescale_logits_or_embeddings_are_refused(
+    change: dict[str, Any], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    neutral = {**config, "final_logit_softcapping": None, "logits_scaling": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(neutral), encoding="utf-8")
+    assert read_model_facts(tmp_path).vocab_size == config["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"{next(iter(change))}=.*wrong likelihoods; choose a model without"):
+        read_model_facts(tmp_path)
+
+
 def test_nothing_heavy_is_imported(tiny_model_dir: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from orchestration.prompt_tokenizer import PromptTokenizer;"
