@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,8 @@ class LearnerRank:
         self.spec = spec
         self.rank = rank
         self._trainer: Trainer | None = None
+        self._groups: list[ScoredGroup] = []
+        """Fetched for the next step."""
         self._sender: Sender = make_sender(spec.transport, max_shard_bytes=spec.shard_bytes)
 
     def rendezvous(self) -> tuple[str, int]:
@@ -59,14 +62,30 @@ class LearnerRank:
         self._trainer = Trainer(self.spec, self.rank, None if checkpoint is None else Path(checkpoint))
         return {"rank": self.rank, "pid": os.getpid(), **self._trainer.describe()}
 
-    def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        """Training step number `step`; collective."""
-        import ray
+    def fetch(self, groups: Sequence[ScoredGroup]) -> list[str]:
+        """Bring the batches of the next `train` here; ids of groups whose batch exists nowhere any more.
 
-        refs = [group.batch for group in groups]
-        batches = ray.get(refs, timeout=self.spec.sync_timeout_s)
-        resolved = [replace(group, batch=batch) for group, batch in zip(groups, batches, strict=True)]
-        return self.trainer.train(resolved, step)
+        Not part of `train`: a rank that lacks a batch must not leave its peers alone in a collective.
+        """
+        import ray
+        from ray.exceptions import ObjectLostError
+
+        deadline = time.monotonic() + self.spec.sync_timeout_s
+        ray.wait([group.batch for group in groups], num_returns=len(groups), timeout=self.spec.sync_timeout_s)
+        self._groups, lost = [], []
+        for group in groups:
+            try:
+                batch = ray.get(group.batch, timeout=max(0.0, deadline - time.monotonic()))
+            except ObjectLostError:
+                lost.append(group.group_id)
+            else:
+                self._groups.append(replace(group, batch=batch))
+        return lost
+
+    def train(self, step: int) -> dict[str, float]:
+        """Training step number `step` on what was fetched; collective."""
+        groups, self._groups = self._groups, []
+        return self.trainer.train(groups, step)
 
     def publish(self, version: int) -> Iterator[np.ndarray | Link]:
         """Yield the parts of the current weights, labelled `version`, the link last; collective, only rank 0 yields."""

@@ -1,6 +1,6 @@
 """The learner as the driver sees it: a group of ranks that live and die together (asyncio, no torch).
 
-    start --> (train --> publish)* --> save, export --> kill
+    start --> (fetch, train --> publish)* --> save, export --> kill
                  a rank fails or a deadline passes: the generation is killed, `LearnerError` names rank and phase
 
 A generation is one process group: ranks cannot be replaced one by one, because the survivors of a broken collective
@@ -19,7 +19,7 @@ from typing import Any
 
 from learner.actor import LearnerRank
 from learner.collapse_watch import CollapseWatch
-from learner.spec import LearnerError, LearnerSpec, PublishedWeights, ReplayError, ScoredGroup
+from learner.spec import BatchesLost, LearnerError, LearnerSpec, PublishedWeights, ReplayError, ScoredGroup
 from rollout.transport import WeightChain
 
 __all__ = ["LearnerError", "LearnerGroup", "LearnerSpec", "PublishedWeights", "ReplayError", "ScoredGroup"]
@@ -72,9 +72,14 @@ class LearnerGroup:
     async def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
         """Training step number `step` (from 0) on all ranks. Metrics are named `area/name`.
 
-        Raises `ReplayError` (the group stays alive, the step is not counted) if nothing can be trained.
+        Raises `ReplayError` if nothing can be trained and `BatchesLost` if batches exist nowhere any more: the ranks
+        stay alive, the step is not counted.
         """
-        calls = [rank.train.remote(list(groups), step) for rank in self._started()]
+        calls = [rank.fetch.remote(list(groups)) for rank in self._started()]
+        lost = await self._collect("fetch", calls, self._deadline(self.spec.sync_timeout_s + SETTLE_S))
+        if any(lost):
+            raise BatchesLost(sorted({group_id for of_rank in lost for group_id in of_rank}))
+        calls = [rank.train.remote(step) for rank in self._started()]
         metrics = await self._collect("train", calls, self._deadline(self.spec.step_timeout_s))
         warning = self._collapse.observe(metrics[0])
         if warning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +21,14 @@ class LearnerError(RuntimeError):
 
 class ReplayError(ValueError):
     """A training step that cannot be made of the given groups (none left, or rewards that fit no row)."""
+
+
+class BatchesLost(RuntimeError):
+    """Batches are gone with the nodes that held them; the step was not begun, every rank is as before."""
+
+    def __init__(self, group_ids: Sequence[str]) -> None:
+        super().__init__(f"the batches of {len(group_ids)} groups were lost: {', '.join(group_ids)}")
+        self.group_ids = tuple(group_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
     prompts --feed--> rollout --batch ref--> verifier --grades--> complete --next_batch--> learner --publish--+
        ^                 ^                                                                                     |
        |                 +----------------------- versioned weights -------------------------------------------+
-       +---- backlog: groups that were lost, dropped for age, or trained by a learner that died before a checkpoint
+       +---- backlog: groups whose actor died or whose batch is gone, groups dropped for age, groups trained by a
+             learner that died before a checkpoint
 
 | task    | waits for                                     | unblocked by                   | deadline            |
 |---------|-----------------------------------------------|--------------------------------|---------------------|
@@ -28,10 +29,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from learner.spec import LearnerError, PublishedWeights, ReplayError, ScoredGroup
+from learner.spec import BatchesLost, LearnerError, PublishedWeights, ReplayError, ScoredGroup
 from orchestration.config import Config
 from orchestration.dataset import PromptStream, Visit
-from orchestration.failures import ActorLost, GroupFailed
+from orchestration.failures import ActorLost, GroupFailed, InputLost, RunError
 from orchestration.run_state import RunDirectory, RunState
 from orchestration.slots import Phase, Slots
 from orchestration.step_metrics import FinishedGroup, StepMetrics
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PromptIds = Callable[[Visit], tuple[int, ...]]
-MAX_LEARNER_RESTARTS_WITHOUT_PROGRESS = 3
+MAX_SETBACKS_WITHOUT_PROGRESS = 3
+"""Learner deaths and lost batches in a row: with more, something breaks every step."""
 
 
 class Room(Protocol):
@@ -122,7 +124,8 @@ class Controller:
         self._complete: dict[str, FinishedGroup] = {}
         self._producers: dict[str, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
-        self._learner_restarts = 0
+        self._setbacks = 0
+        """Since the last finished step."""
         self._committed_step = self.step
         self._metrics = StepMetrics()
 
@@ -142,6 +145,8 @@ class Controller:
                         await self.checkpoint()
                 except ReplayError as error:
                     self._fail_batch(error)
+                except BatchesLost as error:
+                    self._put_batch_back(error)
                 except LearnerError as error:
                     await self._recover_learner(error)
         finally:
@@ -188,7 +193,8 @@ class Controller:
         try:
             batch, summary = await self.parts.rollout.generate(room, self._requests(visit))
             grades = await self.parts.verifier.score(batch, visit.row.gold, visit.row.rule)
-        except ActorLost:
+        except (ActorLost, InputLost) as loss:
+            logger.warning("group %s is generated again: %s", group_id, loss)
             self.slots.requeue(group_id)
             self._reissue(group_id)
         except GroupFailed as failure:
@@ -244,8 +250,7 @@ class Controller:
         """One training step at the current version, and the publication of what it made."""
         started, version = _now(), self.slots.version
         finished = [self._complete[group_id] for group_id in group_ids]
-        for group, group_id in zip(finished, group_ids, strict=True):
-            self._metrics.observe(group, self.slots.age(group_id))
+        ages = [self.slots.age(group_id) for group_id in group_ids]
         self.slots.start_training(group_ids)
         groups = [group.scored(self.config.reward.on_failure) for group in finished]
         with _watched(f"step {self.step + 1} on the learner", self.config.learner.step_timeout_s):
@@ -254,8 +259,10 @@ class Controller:
         self._metrics.add("time/train_s", _now() - started)
         await self._publish(version + 1)
         self.step += 1
-        self._learner_restarts = 0
+        self._setbacks = 0
         metrics, self._metrics = self._metrics, StepMetrics()
+        for group, age in zip(finished, ages, strict=True):
+            metrics.observe(group, age)
         metrics.conclude(_now() - started, self.slots.counts, len(self.slots))
         await self.parts.after_step(self.step, self.slots.version, metrics)
 
@@ -279,12 +286,24 @@ class Controller:
             del self._complete[group_id], self._visits[group_id]
         self._changed.set()
 
+    def _put_batch_back(self, error: BatchesLost) -> None:
+        """A node went with batches on it: those groups are generated again, the rest of the batch waits for them."""
+        self._setbacks += 1
+        if self._setbacks > MAX_SETBACKS_WITHOUT_PROGRESS:
+            raise RunError(f"step {self.step + 1}: {error}, {self._setbacks} times in a row") from error
+        logger.warning("step %d: %s", self.step + 1, error)
+        self.slots.put_back(error.group_ids)
+        for group_id in error.group_ids:
+            self._reissue(group_id)
+        self._metrics.add("failures/lost_batches", len(error.group_ids))
+        self._changed.set()
+
     async def _recover_learner(self, error: LearnerError) -> None:
         """Rebuild the learner from the last checkpoint as a new version; what it trained since is issued again."""
         version, weights = self.slots.version + 1, None
         while weights is None:
-            self._learner_restarts += 1
-            if self._learner_restarts > MAX_LEARNER_RESTARTS_WITHOUT_PROGRESS:
+            self._setbacks += 1
+            if self._setbacks > MAX_SETBACKS_WITHOUT_PROGRESS:
                 raise error
             logger.error("learner lost at step %d: %s", self.step, error)
             checkpoint = self.parts.directory.latest_checkpoint()

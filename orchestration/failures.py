@@ -31,6 +31,10 @@ class ActorLost(Exception):
     """An actor died, hung or answered with a broken engine: it is replaced and its requests are dispatched again."""
 
 
+class InputLost(Exception):
+    """An object that a call needed is gone with the node that held it; the actor that missed it is well."""
+
+
 class GroupFailed(Exception):
     """A group that no actor can generate or grade (bad input, not bad luck): it is failed with this reason."""
 

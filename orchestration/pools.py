@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from orchestration.failures import ActorLost, DeadlineExceeded, GroupFailed, PoolExhausted, RunError, within
+from orchestration.failures import ActorLost, DeadlineExceeded, GroupFailed, InputLost, PoolExhausted, RunError, within
 
 if TYPE_CHECKING:
     from reward.verdict import Grade
@@ -115,11 +115,16 @@ class ActorPool:
         return min(candidates, key=lambda member: (member.in_flight, member.index), default=None)
 
     async def call(self, member: Member, refs: Sequence[Any], deadline_s: float, what: str) -> list[Any]:
-        """Await all refs of one actor call. Raises `ActorLost` (and replaces the member) or `GroupFailed`."""
+        """Await all refs of one actor call.
+
+        Raises `ActorLost` (and replaces the member), `InputLost` (the argument's fault alone) or `GroupFailed`.
+        """
         try:
             return await within(asyncio.gather(*refs), deadline_s, what)
         except RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, ObjectLostError):
+                raise InputLost(f"{what}: {type(cause).__name__}") from error
             if isinstance(error, ValueError):
                 raise GroupFailed(f"{what}: {cause}") from error
             self.lose(member, f"{what}: {type(cause).__name__}: {cause}", "error")
@@ -234,7 +239,10 @@ class VerifierPool(ActorPool):
         self._groups_per_member = groups_per_member
 
     async def score(self, batch: Any, gold: str | dict[str, Any], rule: str) -> list[Grade]:
-        """Grade every row of a batch. Raises `GroupFailed` when no member could within three attempts."""
+        """Grade every row of a batch.
+
+        Raises `InputLost` when the batch is gone and `GroupFailed` when no member could within three attempts.
+        """
         for _ in range(self.ATTEMPTS):
             member = await self._free_member()
             member.in_flight += 1

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from orchestration.failures import ActorLost
+from orchestration.failures import ActorLost, InputLost
 from orchestration.pools import ActorPool, Member
 from rollout.request import GroupSummary, RolloutRequest
 
 if TYPE_CHECKING:
     from learner.spec import PublishedWeights
+
+logger = logging.getLogger(__name__)
 
 ROOM_PER_SEAT = 3
 """Requests dispatched per sequence that an engine decodes: a group keeps its room until its longest response ends, and
@@ -137,5 +140,7 @@ class RolloutPool(ActorPool):
                 self.changed.set()
         except ActorLost:
             return
+        except InputLost as loss:  # gone with the learner's node: the learner that is rebuilt publishes again
+            logger.warning("rollout actor %d stays at version %d: %s", member.index, member.version, loss)
         finally:
             self._syncing.discard(member)

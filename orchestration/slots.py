@@ -14,6 +14,7 @@ w, w + 1, ..., u + S, which is each one's last permitted step. It is kept by eve
 * completion can only raise a group's version (its oldest token is never older than its dispatch), which lowers N;
 * a batch is taken only if what it leaves satisfies the inequalities for w + 1. The B oldest complete groups are the
   best choice for every u at once; if even they do not do, the learner waits for an older group still generating;
+* a batch put back undoes its taking: w falls by one, which adds B to every bound, and no N(u) grows by more than B;
 * a drop or a failure lowers N; a requeue is a drop and a dispatch.
 At u = w - 1 - S the inequality reads N(u) <= 0: nothing waiting is older than S at the next step.
 
@@ -23,7 +24,7 @@ S = 0 allows B groups at the current version and nothing while a step runs: exac
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -162,6 +163,15 @@ class Slots:
         self._check()
         return trained
 
+    def put_back(self, lost: Collection[str]) -> None:
+        """The step was not begun: `lost` groups of its batch are requeued, the others are complete as before."""
+        for group_id in self.groups(Phase.TRAINING):
+            if group_id in lost:
+                self._requeue(group_id)
+            else:
+                self._slots[group_id].phase = Phase.COMPLETE
+        self._check()
+
     def roll_back(self, version: int, reason: str) -> list[str]:
         """The learner lost its state; what it has now is published as `version`.
 
@@ -188,11 +198,8 @@ class Slots:
         self._remove(group_id, f"failed/{reason}")
 
     def requeue(self, group_id: str) -> None:
-        """Its actor died: the slot is free until the same requests are dispatched again."""
-        slot = self._slot(group_id, Phase.GENERATING)
-        del self._slots[slot.group_id]
-        self.counts["dispatched"] -= 1
-        self.counts["requeued"] += 1
+        """Its actor died, or its batch is lost: the slot is free until the same requests are dispatched again."""
+        self._requeue(self._slot(group_id, Phase.GENERATING).group_id)
         self._check()
 
     def untrain(self, number: int, reason: str) -> None:
@@ -204,6 +211,11 @@ class Slots:
     def age(self, group_id: str) -> int:
         """Versions between the group's oldest token and the newest published policy."""
         return self.version - self._slots[group_id].version
+
+    def _requeue(self, group_id: str) -> None:
+        del self._slots[group_id]
+        self.counts["dispatched"] -= 1
+        self.counts["requeued"] += 1
 
     def _remove(self, group_id: str, outcome: str) -> None:
         if group_id not in self._slots:

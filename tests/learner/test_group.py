@@ -105,7 +105,7 @@ def approx_metrics(metrics: dict[str, float]) -> Any:
 async def a_dead_rank_is_named(group: LearnerGroup, pid: int, groups: list[Any]) -> None:
     os.kill(pid, signal.SIGKILL)
     started = time.monotonic()
-    with pytest.raises(LearnerError, match=r"generation 1, phase train: .*rank 1 died"):
+    with pytest.raises(LearnerError, match=r"generation 1, phase fetch: .*rank 1 died"):
         await group.train(groups, 4)
     assert time.monotonic() - started < 20
     assert not group.alive
@@ -139,9 +139,14 @@ def test_rising_kl_and_entropy_are_warned_about(caplog: pytest.LogCaptureFixture
     """Two constant phases, the second one with more of both: one warning, in the log and in the metrics."""
 
     class Rank:
+        class fetch:
+            @staticmethod
+            def remote(groups: object) -> object:
+                return ray.put([])
+
         class train:
             @staticmethod
-            def remote(groups: object, step: int) -> object:
+            def remote(step: int) -> object:
                 high = step >= 20
                 return ray.put(
                     {

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from learner.spec import LearnerError, PublishedWeights
+from learner.spec import BatchesLost, LearnerError, PublishedWeights
 from orchestration.config import Config, parse_config
 from orchestration.controller import Controller, Parts
 from orchestration.dataset import PromptRow, PromptStream, Visit
@@ -27,6 +27,9 @@ from orchestration.step_metrics import StepMetrics
 from reward.verdict import Grade, Verdict
 from rollout.request import GroupSummary, RolloutRequest
 from rollout.weights import WeightManifest
+
+FETCH_S = 20.0
+"""Until a learner knows that a batch is lost: Ray's health check of the node that had it."""
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):
@@ -169,8 +172,13 @@ class SimulatedLearner:
     ages: list[int] = field(default_factory=list)
     busy_s: float = 0.0
     die: Callable[[], bool] = lambda: False
+    gone: Callable[[str], bool] = lambda group_id: False
+    """Whether this group's batch was lost with its node."""
 
     async def train(self, groups: Sequence[Any], step: int) -> dict[str, float]:
+        if lost := [group.group_id for group in groups if self.gone(group.group_id)]:
+            await asyncio.sleep(FETCH_S)
+            raise BatchesLost(lost)
         await asyncio.sleep(self.timing.train_s)
         if self.die():
             raise LearnerError("rank 0 died in train (simulated)")

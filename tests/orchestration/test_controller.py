@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from learner.spec import LearnerError
+from orchestration.failures import RunError
 from tests.orchestration.simulation import Simulation, Timing, simulated_config
 
 
@@ -54,6 +55,49 @@ def test_lost_groups_come_back_and_nothing_is_trained_twice(tmp_path: Path) -> N
     assert max(lost.values()) == 2
     assert len(trained) == len(set(trained)) == 80
     assert simulation.controller.slots.counts["requeued"] > 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    gone=st.lists(st.integers(0, 60), max_size=6, unique=True),
+    dies=st.none() | st.integers(1, 20),
+    bound=st.integers(0, 3),
+)
+@example(gone=[0, 1, 2, 3], dies=None, bound=0)  # a whole batch
+@example(gone=[5], dies=2, bound=1)  # the learner dies in the step that was put back
+def test_a_lost_batch_costs_its_group_only(gone: list[int], dies: int | None, bound: int, tmp_path_factory) -> None:
+    """Whatever batches go with their nodes: generated again, trained once, within the bound; the learner stays."""
+    calls: Counter[str] = Counter()
+    lost: list[str] = []
+
+    def prepare(simulation: Simulation) -> None:
+        def is_gone(group_id: str) -> bool:
+            calls["fetched"] += 1
+            if calls["fetched"] - 1 in gone:
+                lost.append(group_id)
+                return True
+            return False
+
+        def die() -> bool:
+            calls["train or save"] += 1
+            return calls["train or save"] == dies
+
+        simulation.learner.gone, simulation.learner.die = is_gone, die
+
+    config = simulated_config(tmp_path_factory.mktemp("gone"), steps=12, pipeline__max_staleness=bound)
+    simulation = Simulation(config, prepare=prepare).run()
+    counts = simulation.controller.slots.counts
+    assert len(simulation.learner.trained) == len(set(simulation.learner.trained)) == counts["trained"] == 48
+    assert counts["requeued"] == len(lost) == len([number for number in gone if number < calls["fetched"]])
+    assert max(simulation.ages) <= bound
+    if dies is None:
+        assert not any(key.startswith("dropped") for key in counts), "only the lost groups were given up"
+
+
+def test_batches_that_are_always_lost_end_the_run(tmp_path: Path) -> None:
+    config = simulated_config(tmp_path, steps=3)
+    with pytest.raises(RunError, match="4 times in a row"):
+        Simulation(config, prepare=lambda s: setattr(s.learner, "gone", lambda group_id: True)).run()
 
 
 def test_learner_death_repeats_at_most_the_steps_since_the_checkpoint(tmp_path: Path) -> None:

@@ -69,6 +69,19 @@ def test_lagging_actor_gets_no_work_that_could_not_be_trained_in_time() -> None:
     assert not slots.can_dispatch(4), "two groups of version 4 do not fit the one step that is left to them"
 
 
+def test_a_batch_put_back_keeps_what_is_left_of_it() -> None:
+    slots = Slots(batch=2, max_staleness=1)
+    a, b, c, d = fill(slots)
+    for group in (a, b, c):
+        slots.complete(group, 0)
+    slots.start_training([a, b])
+    slots.put_back([b])
+    assert slots.groups(Phase.COMPLETE) == [a, c] and slots.groups(Phase.GENERATING) == [d]
+    assert slots.counts["requeued"] == 1 and slots.counts["dispatched"] == 3
+    assert slots.next_batch() == [a, c], "the step goes on with what is complete"
+    slots.dispatch(b, 0)
+
+
 def test_moves_out_of_turn_are_refused() -> None:
     slots = Slots(batch=1, max_staleness=0)
     slots.dispatch("a", 0)
@@ -94,7 +107,7 @@ def test_the_age_check_at_consumption_is_real() -> None:
 @given(
     batch=st.integers(1, 4),
     staleness=st.integers(0, 4),
-    moves=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 10**6)), max_size=200),
+    moves=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 10**6)), max_size=200),
 )
 def test_any_interleaving_keeps_the_bound_and_every_group(batch: int, staleness: int, moves: list) -> None:
     slots = Slots(batch, staleness)
@@ -118,6 +131,11 @@ def test_any_interleaving_keeps_the_bound_and_every_group(batch: int, staleness:
         elif move == 5 and generating:
             group = generating[choice % len(generating)]
             slots.requeue(group) if choice % 2 else slots.drop(group, "age")
+        elif move == 7 and slots.training:
+            batch_in_training = slots.groups(Phase.TRAINING)
+            slots.put_back(batch_in_training[: choice % (batch + 1)])
+            for _ in batch_in_training:
+                ages.pop()
         elif move == 6 and slots.training and choice % 2:
             for group in slots.groups(Phase.TRAINING):
                 slots.drop(group, "learner lost")
