@@ -80,7 +80,7 @@ def read_model_facts(directory: Path) -> ModelFacts:
         rescaled.append(f"model_type={tree['model_type']} (scaled embeddings)")
     if rescaled:
         raise ConfigError(
-            f"{file}: {', '.join(rescaled)}: the learner scores candidates and mixes soft tokens with plain rows of the "
+            f"{file}: {', '.join(rescaled)}: the learner scores candidates and mixes soft tokens with bare rows of the "
             "output and embedding matrices and would train on wrong likelihoods; choose a model without, such as Qwen "
             "or Llama"
         )
