@@ -6,7 +6,7 @@
 
 Invariants: the first and the last evaluation see one policy version each (no training goes on); an evaluation of a step
 that is already on disk is not repeated by a resumed run; an evaluation beside training never delays a step, and when
-one takes longer than N steps the next is skipped and counted.
+one takes longer than N steps the next is skipped and counted; the checkpoint of its step is kept until it has ended.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "evaluations"
 SUMMARY = "summary.json"
+WRITING_POLL_S = 0.1
 
 
 @dataclass(slots=True)
@@ -95,13 +96,16 @@ class RunEvaluation:
         write_atomically(self.directory.path / SUMMARY, json.dumps(record, indent=2).encode())
 
     async def _evaluate_beside(self, step: int) -> None:
-        try:
-            await self._evaluate(step)
-        except GroupFailed as failure:
-            logger.error("evaluation of step %d failed: %s", step, failure)
-            self.log({"evaluation/failed": 1}, step)
-            return
-        self._mark_best(step)
+        with self.directory.holding(step):
+            try:
+                await self._evaluate(step)
+            except GroupFailed as failure:
+                logger.error("evaluation of step %d failed: %s", step, failure)
+                self.log({"evaluation/failed": 1}, step)
+                return
+            while self.directory.is_writing(step):  # ends with the learner's own deadline for saving
+                await asyncio.sleep(WRITING_POLL_S)
+            self._mark_best(step)
 
     async def _evaluate(self, step: int) -> None:
         if not self.prompts or self._load(step):

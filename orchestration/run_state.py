@@ -5,7 +5,7 @@
 
 A checkpoint is written aside, every file and directory is fsynced, the manifest with sizes and digests is written last,
 and one rename makes it visible: a reader sees all of it or nothing. The newest checkpoint whose digests hold is loaded;
-damaged ones are named and passed over, never unpickled.
+damaged ones are named and passed over, never unpickled. A disk that takes no more costs the new checkpoint only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from orchestration.config import Config, ConfigError, dump_config
-from orchestration.failures import RunDirectoryBusy
+from orchestration.failures import RunDirectoryBusy, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,15 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.checkpoints = self.path / "checkpoints"
+        self._held: list[int] = []
+        """Steps whose checkpoints are not pruned yet."""
 
     def create(self, config: Config, *, resume: bool) -> None:
         """Make the directory and save the resolved configuration.
 
         Raises `ConfigError` when it holds a run and `resume` is off, or holds none and `resume` is on.
         """
-        existing = self.latest_checkpoint() is not None or (self.path / "metrics.jsonl").exists()
+        existing = bool(self._all()) or (self.path / "metrics.jsonl").exists()
         if existing and not resume:
             raise ConfigError(
                 f"output_dir={self.path}: holds a run already; add --resume to continue it, set another name or "
@@ -95,13 +97,13 @@ class RunDirectory:
     @contextmanager
     def new_checkpoint(self, state: RunState, keep_last: int) -> Iterator[Path]:
         """Yields the directory to fill; commits it when the block ends, leaves no trace when it raises."""
-        aside = self.checkpoints / f".writing-{state.step:06d}"
+        aside = self._aside(state.step)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
             yield aside
             (aside / RUN_STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-            commit(aside, self.checkpoints / f"step_{state.step:06d}")
+            commit(aside, self.checkpoints / _name(state.step))
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -115,6 +117,44 @@ class RunDirectory:
                 continue
             return path
         return None
+
+    def resume_point(self) -> Path | None:
+        """Where a resumed run goes on; None where no checkpoint was ever written.
+
+        Raises `ConfigError` where all are damaged: starting over must be somebody's decision.
+        """
+        checkpoint = self.latest_checkpoint()
+        if checkpoint is None and self._all():
+            raise ConfigError(
+                f"{self.checkpoints}: none of the {len(self._all())} checkpoints is whole; restore one from a copy, or "
+                "remove the run directory to start over"
+            )
+        return checkpoint
+
+    def checkpoint_of(self, step: int) -> Path | None:
+        """The checkpoint of the step that this run last committed; None at step 0, where there is none.
+
+        Raises `RunError` when it was damaged since: going on from an older one is what a resumed run does.
+        """
+        if step == 0:
+            return None
+        path = self.checkpoints / _name(step)
+        if problem := damage(path):
+            raise RunError(f"checkpoint {path.name} is damaged ({problem}); --resume goes on from the one before it")
+        return path
+
+    @contextmanager
+    def holding(self, step: int) -> Iterator[None]:
+        """The checkpoint of this step, written already or not, is not pruned inside the block."""
+        self._held.append(step)
+        try:
+            yield
+        finally:
+            self._held.remove(step)
+
+    def is_writing(self, step: int) -> bool:
+        """Whether a checkpoint of this step is being written."""
+        return self._aside(step).exists()
 
     def mark_best(self, checkpoint: Path, score: float) -> None:
         """Protect this checkpoint from pruning until a better one comes."""
@@ -131,11 +171,20 @@ class RunDirectory:
     def _all(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step_*"))
 
+    def _aside(self, step: int) -> Path:
+        return self.checkpoints / f".writing-{step:06d}"
+
     def _prune(self, keep_last: int) -> None:
         best = self.best()
+        kept = {best[0].name} if best else set()
+        kept.update(_name(step) for step in self._held)
         for path in self._all()[:-keep_last]:
-            if best is None or path.name != best[0].name:
+            if path.name not in kept:
                 shutil.rmtree(path)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:06d}"
 
 
 def load_state(checkpoint: Path) -> RunState:
@@ -151,7 +200,10 @@ def load_state(checkpoint: Path) -> RunState:
 
 
 def commit(aside: Path, final: Path) -> None:
-    """fsync everything under `aside`, write its manifest, and rename it to `final` (replacing an older one)."""
+    """fsync everything under `aside`, write its manifest, and rename it to `final`.
+
+    An older one of that name stays readable, under a name that sorts behind it, until the new one is there.
+    """
     files = sorted(path for path in aside.rglob("*") if path.is_file())
     entries = {str(path.relative_to(aside)): _size_and_digest(path) for path in files}
     for path in files:
@@ -160,10 +212,13 @@ def commit(aside: Path, final: Path) -> None:
     _sync(aside / MANIFEST)
     for directory in [*(path for path in aside.rglob("*") if path.is_dir()), aside]:
         _sync(directory)
-    if final.exists():  # only a damaged one: a whole checkpoint of this step would have been resumed from
-        shutil.rmtree(final)
+    replaced = final.with_name(f"{final.name}.replaced")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     aside.rename(final)
     _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from orchestration.config import Config, parse_config
 from orchestration.failures import GroupFailed
 from orchestration.run_evaluation import RunEvaluation
-from orchestration.run_state import RunDirectory
+from orchestration.run_state import RunDirectory, RunState
 from tests.orchestration.test_evaluate import MemoryPools, prompt_set
 
 
@@ -84,6 +86,47 @@ def test_due_steps_run_beside_training_and_the_best_checkpoint_is_kept(tmp_path:
     best = harness.directory.best()
     assert best is not None
     assert (best[0].name, best[1]) == ("step_000002", 1.0)
+
+
+@pytest.mark.parametrize("gate", ["the evaluation", "the checkpoint"])
+def test_a_checkpoint_is_kept_until_its_evaluation_has_ended(gate: str, tmp_path: Path) -> None:
+    """However many newer ones come meanwhile, and whichever of the two takes longer."""
+    released = asyncio.Event()
+
+    class Gated(MemoryPools):
+        async def respond(self, requests: Any) -> Any:
+            if gate == "the evaluation":
+                await released.wait()
+            return await super().respond(requests)
+
+    harness = Harness(tmp_path, Gated(), every_steps=2)
+
+    async def write(step: int, keep_last: int, seconds: float = 0.0) -> None:
+        with harness.directory.new_checkpoint(RunState(step, step, {}), keep_last):
+            await asyncio.sleep(seconds)
+
+    async def run() -> None:
+        harness.evaluation.after_step(2)
+        await write(2, 1, seconds=0.3 if gate == "the checkpoint" else 0.0)
+        for step in (3, 4):
+            await write(step, 1)
+        released.set()
+        while harness.directory.best() is None:
+            await asyncio.sleep(0.01)
+        await write(5, 1)
+        assert names() == ["step_000002", "step_000005"]
+        harness.directory.mark_best(harness.directory.checkpoints / "step_000005", 2.0)
+        await write(6, 1)
+        assert names() == ["step_000005", "step_000006"], "held by nobody any more"
+
+    def names() -> list[str]:
+        return sorted(path.name for path in harness.directory.checkpoints.glob("step_*"))
+
+    async def in_time() -> None:
+        async with asyncio.timeout(20):
+            await run()
+
+    asyncio.run(in_time())
 
 
 def test_the_last_checkpoint_may_be_the_best(tmp_path: Path) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from orchestration import run_state
 from orchestration.config import ConfigError
-from orchestration.failures import RunDirectoryBusy
+from orchestration.failures import RunDirectoryBusy, RunError
 from orchestration.run_state import RunDirectory, RunState, damage, load_state
 from tests.orchestration.simulation import simulated_config
 
@@ -94,32 +99,84 @@ class Crash(BaseException):
     """The process ends here."""
 
 
-def test_a_crash_at_any_point_of_the_writer_leaves_the_checkpoint_before(directory, monkeypatch) -> None:
-    """Every fsync and the rename is a crash point; none leaves anything that a reader would take."""
-    before = write(directory, 1)
-    real_sync, crash_points = run_state._sync, 0
-    while True:
-        calls = 0
+class CrashAt:
+    """Lets `survived` calls that change the disk pass, then ends the process at the next one."""
 
-        def crashing(path: Path, last: int = crash_points) -> None:
-            nonlocal calls
-            if calls == last:
+    def __init__(self, survived: int) -> None:
+        self.left = survived
+
+    def before(self, change: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            if self.left == 0:
                 raise Crash
-            calls += 1
-            real_sync(path)
+            self.left -= 1
+            return change(*arguments, **options)
 
-        monkeypatch.setattr(run_state, "_sync", crashing)
-        try:
-            newest = write(directory, 2)
-        except Crash:
-            monkeypatch.setattr(run_state, "_sync", real_sync)
-            found = directory.latest_checkpoint()
-            assert found == before or (found is not None and found.name == "step_000002" and damage(found) is None)
-            crash_points += 1
-            continue
-        assert newest.name == "step_000002"
-        break
-    assert crash_points >= 6
+        return wrapped
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "the same step again"])
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_crash_at_any_point_of_the_writer_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool, keep_last: int
+) -> None:
+    """Before every fsync, write, rename and removal; a damaged one may be left, but is never what a reader takes."""
+    step, crash_points = (1 if again else 2), 0
+    while True:
+        directory = RunDirectory(tmp_path / str(crash_points))
+        directory.create(simulated_config(tmp_path), resume=False)
+        write(directory, 1)
+        with monkeypatch.context() as patch:
+            crash = CrashAt(crash_points)
+            patch.setattr(run_state, "_sync", crash.before(run_state._sync))
+            patch.setattr(run_state.shutil, "rmtree", crash.before(shutil.rmtree))
+            for name in ("rename", "write_text", "mkdir"):
+                patch.setattr(Path, name, crash.before(getattr(Path, name)))
+            try:
+                write(directory, step, keep_last)
+            except Crash:
+                crashed = True
+            else:
+                crashed = False
+        found = directory.latest_checkpoint()
+        assert found is not None and load_state(found).step in (1, step)
+        assert (found / "learner" / "weights.bin").read_bytes() == bytes([load_state(found).step]) * 100
+        write(directory, 3, keep_last)
+        assert len(list(directory.checkpoints.glob("step_*"))) <= keep_last, "what a crash left is pruned"
+        if not crashed:
+            break
+        crash_points += 1
+    assert crash_points >= 12
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_flipped_or_missing_byte_is_noticed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Every file, the manifest included; the checkpoint before is taken."""
+    base = tmp_path_factory.mktemp("damage")
+    directory = RunDirectory(base / "run")
+    directory.create(simulated_config(base), resume=False)
+    before, newest = write(directory, 1), write(directory, 2)
+    victim = data.draw(st.sampled_from(sorted(path for path in newest.rglob("*") if path.is_file())))
+    content = bytearray(victim.read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content[position] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del content[position:]
+    victim.write_bytes(content)
+    assert directory.latest_checkpoint() == before
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_over_by_itself(directory: RunDirectory) -> None:
+    assert directory.resume_point() is None
+    path = write(directory, 1)
+    assert directory.resume_point() == directory.checkpoint_of(1) == path
+    (path / "learner/weights.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match="none of the 1 checkpoints is whole"):
+        directory.resume_point()
+    with pytest.raises(RunError, match=r"step_000001 is damaged .*--resume"):
+        directory.checkpoint_of(1)
 
 
 def test_an_error_while_saving_leaves_no_trace(directory: RunDirectory) -> None:
