@@ -122,6 +122,7 @@ class Controller:
         self._uncommitted: list[Visit] = []
         """Trained since the last checkpoint."""
         self._complete: dict[str, FinishedGroup] = {}
+        self._verifying: set[str] = set()
         self._producers: dict[str, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
         self._setbacks = 0
@@ -192,6 +193,7 @@ class Controller:
         group_id = visit.group_id
         try:
             batch, summary = await self.parts.rollout.generate(room, self._requests(visit))
+            self._verifying.add(group_id)
             grades = await self.parts.verifier.score(batch, visit.row.gold, visit.row.rule)
         except (ActorLost, InputLost) as loss:
             logger.warning("group %s is generated again: %s", group_id, loss)
@@ -204,6 +206,8 @@ class Controller:
         else:
             self._complete[group_id] = FinishedGroup(batch, summary, grades, visit)
             self.slots.complete(group_id, summary.oldest_version)
+        finally:
+            self._verifying.discard(group_id)
         self._changed.set()
 
     def _requests(self, visit: Visit) -> list[RolloutRequest]:
@@ -263,7 +267,7 @@ class Controller:
         metrics, self._metrics = self._metrics, StepMetrics()
         for group, age in zip(finished, ages, strict=True):
             metrics.observe(group, age)
-        metrics.conclude(_now() - started, self.slots.counts, len(self.slots))
+        metrics.conclude(_now() - started, self.slots.counts, self._queues())
         await self.parts.after_step(self.step, self.slots.version, metrics)
 
     async def _publish(self, version: int) -> None:
@@ -277,6 +281,12 @@ class Controller:
         self.parts.rollout.publish(weights)
         self._metrics.add("time/publish_s", _now() - started)
         self._changed.set()
+
+    def _queues(self) -> dict[str, int]:
+        """Groups by what they wait for: their responses, their grades, a batch; and visits to issue again."""
+        verifying, complete = len(self._verifying), len(self._complete)
+        generating = len(self.slots) - verifying - complete
+        return {"rollout": generating, "verifier": verifying, "learner": complete, "backlog": len(self._backlog)}
 
     def _fail_batch(self, error: ReplayError) -> None:
         """Nothing of the batch could be replayed: its groups failed, the policy stays as it is."""
@@ -320,7 +330,6 @@ class Controller:
         self._backlog.extend(self._uncommitted)
         self._uncommitted.clear()
         self.step = self._committed_step
-        self._metrics.add("failures/learner_restarts", 1)
         self.parts.rollout.publish(weights)
         self._changed.set()
 

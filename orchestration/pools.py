@@ -38,12 +38,34 @@ class Member:
     actor: Any
     version: int = 0
     """Policy version that it serves (rollout members)."""
-    in_flight: int = 0
-    """Requests dispatched to it and not answered."""
     ready: bool = False
     stats: dict[str, Any] = field(default_factory=dict)
     """Its counters at the last ping: no change while it has work is no progress."""
     progressed_at: float = field(default_factory=time.monotonic)
+    _in_flight: int = 0
+    _busy_s: float = 0.0
+    _counted_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests dispatched to it and not answered."""
+        return self._in_flight
+
+    @in_flight.setter
+    def in_flight(self, count: int) -> None:
+        self._count_busy(time.monotonic())
+        self._in_flight = count
+
+    def take_busy_s(self, now: float) -> float:
+        """Seconds with at least one request in flight since the last call."""
+        self._count_busy(now)
+        busy_s, self._busy_s = self._busy_s, 0.0
+        return busy_s
+
+    def _count_busy(self, now: float) -> None:
+        if self._in_flight:
+            self._busy_s += now - self._counted_at
+        self._counted_at = now
 
 
 class ActorPool:
@@ -66,6 +88,7 @@ class ActorPool:
         """Set whenever a member becomes ready, free or newer; whoever waits clears it."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._fatal: BaseException | None = None
+        self._idle_since = time.monotonic()
 
     @property
     def members(self) -> list[Member]:
@@ -85,6 +108,13 @@ class ActorPool:
         """Re-raise what a background task of the pool died of (`PoolExhausted` above all)."""
         if self._fatal is not None:
             raise self._fatal
+
+    def take_idle_share(self) -> float:
+        """Share of its members' time since the last call in which they had nothing to do, or were starting."""
+        now = time.monotonic()
+        members_s, self._idle_since = len(self._members) * (now - self._idle_since), now
+        busy_s = sum(member.take_busy_s(now) for member in self.members)
+        return max(0.0, 1 - busy_s / members_s) if members_s else 0.0
 
     def kill(self) -> None:
         """End every actor and background task."""

@@ -8,9 +8,12 @@ from collections.abc import Mapping
 
 logger = logging.getLogger(__name__)
 
+POOLS = ("rollout", "verifier", "learner")
+"""In the order in which a group passes them."""
+
 
 class Progress:
-    """Steps done, with reward, staleness and tokens/s."""
+    """Steps done, with the line of `status_line`."""
 
     def __init__(self, name: str, step: int, total: int) -> None:
         self._total = total
@@ -46,9 +49,16 @@ class Progress:
 
 
 def status_line(metrics: Mapping[str, float]) -> str:
-    """The numbers that say at a glance whether a run is healthy."""
-    return (
-        f"reward {metrics['reward/mean']:.3f}  length {metrics['rollout/length_mean']:.1f}  "
-        f"staleness {metrics['staleness/mean']:.1f} (max {metrics['staleness/max']:.0f})  "
-        f"{metrics['throughput/tokens_per_s']:.0f} tokens/s  learner idle {metrics['idle/learner']:.0%}"
-    )
+    """The numbers that say at a glance whether a run is healthy; trouble is named only when there is any."""
+    parts = [
+        f"reward {metrics['reward/mean']:.3f}",
+        f"length {metrics['rollout/length_mean']:.1f}",
+        f"staleness {metrics['staleness/mean']:.1f} (max {metrics['staleness/max']:.0f})",
+        f"{metrics['throughput/tokens_per_s']:.0f} tokens/s",
+        "idle " + " ".join(f"{pool} {metrics[f'idle/{pool}']:.0%}" for pool in POOLS),
+        "queued " + "/".join(f"{metrics[f'queue/{pool}']:.0f}" for pool in POOLS),
+    ]
+    restarts = sum(metrics.get(f"failures/{pool}_restarts", 0) for pool in POOLS)
+    dropped = sum(count for name, count in metrics.items() if name.startswith("groups/dropped"))
+    parts += [f"{count:.0f} {what}" for count, what in ((restarts, "restarts"), (dropped, "dropped")) if count]
+    return "  ".join(parts)

@@ -53,8 +53,11 @@ class StepMetrics:
         self.groups.append(group)
         self.ages.append(age)
 
-    def conclude(self, step_s: float, counts: Mapping[str, int], outstanding: int) -> None:
-        """Derive the step's rewards, lengths, staleness and counters from its groups."""
+    def conclude(self, step_s: float, counts: Mapping[str, int], queues: Mapping[str, int]) -> None:
+        """Derive the step's rewards, lengths and staleness from its groups.
+
+        `counts` are the outcomes of groups so far, `queues` the groups that wait now, by what they wait for.
+        """
         summaries = [group.summary for group in self.groups]
         grades = [grade for group in self.groups for grade in group.grades]
         lengths = [length for summary in summaries for length in summary.lengths]
@@ -78,8 +81,8 @@ class StepMetrics:
             "throughput/responses_per_s": len(lengths) / max(elapsed, 1e-9),
             "time/step_s": elapsed,
             "idle/learner": self.values.get("time/learner_wait_s", 0.0) / max(elapsed, 1e-9),
-            "slots/outstanding": outstanding,
         }
+        self.values |= {f"queue/{pool}": count for pool, count in queues.items()}
         if thinking:
             self.values["rollout/entropy"] = fmean(summary.entropy for summary in thinking)
             self.values["rollout/top_weight"] = fmean(summary.top_weight for summary in thinking)

@@ -205,7 +205,7 @@ class TrainingRun:
         values = metrics.values | {"sync/version": version, **self._pool_metrics()}
         self.tracker.log(values, step)
         self.exporter.export(values)
-        self.progress.advance(step, metrics.values)
+        self.progress.advance(step, values)
         if self.evaluation is not None:
             self.evaluation.after_step(step)
         every = self.config.tracking.trajectories_every
@@ -215,10 +215,15 @@ class TrainingRun:
             self.tracker.artifact(path, "trajectories")
 
     def _pool_metrics(self) -> dict[str, float]:
-        metrics: dict[str, float] = {"failures/stall_reports": self.watchdog.num_reports}
+        metrics: dict[str, float] = {
+            "failures/stall_reports": self.watchdog.num_reports,
+            "failures/learner_restarts": self.learner.generation - 1,
+        }
         for pool in (self.rollout, self.verifier):
             metrics[f"pool/{pool.name}_actors"] = sum(member.ready for member in pool.members)
-            metrics |= {f"failures/{pool.name}_{name.replace('/', '_')}": n for name, n in pool.counts.items()}
+            metrics[f"idle/{pool.name}"] = pool.take_idle_share()
+            counts = {"restarts": 0} | pool.counts
+            metrics |= {f"failures/{pool.name}_{name.replace('/', '_')}": n for name, n in counts.items()}
         if reports := self.rollout.take_sync_reports():
             metrics["sync/fetch_s"] = max(report["fetch_s"] for report in reports)
             metrics["sync/pause_s"] = max(report["pause_s"] for report in reports)

@@ -18,7 +18,7 @@ from tests.docs.pages import PAGES, ROOT, blocks, first_cells
 
 FOLDERS = ("orchestration", "learner", "rollout", "reward")
 AREAS = (
-    "reward|verdict|rollout|response|staleness|throughput|time|idle|slots|groups|sync|failures|tracking|objective|mismatch|"
+    "reward|verdict|rollout|response|staleness|throughput|time|idle|queue|groups|sync|failures|tracking|objective|mismatch|"
     "soft|learner|evaluation|nonfinite"
 )
 NOT_METRICS = {"soft/token", "learner/learner", "learner/rank"}
