@@ -4,7 +4,9 @@ x = log p_policy - log p_reference at the sampled position (a log-density ratio 
 k1   x                 unbiased value; its gradient is zero in expectation
 k2   x^2 / 2           gradient of the KL, biased value
 k3   e^{-x} - 1 + x    unbiased and non-negative (what the released recipe uses, clamped to [-10, 10])
-exact                  the categorical KL itself: `candidate_kl` or `learner.head.linear_kl`, zero variance
+exact                  the categorical KL itself, zero variance: over the candidates at soft positions
+                       (`candidate_kl`), over the vocabulary elsewhere (`learner.head.linear_kl`)
+exact_vocabulary       over the vocabulary at soft positions too: costs the full head there
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-KLEstimator = Literal["exact", "k1", "k2", "k3"]
+KLEstimator = Literal["exact", "exact_vocabulary", "k1", "k2", "k3"]
 
 MAX_K3 = 10.0
 MAX_LOG_RATIO = 20.0

@@ -25,6 +25,9 @@ from learner.packing import ReplayBatch, ScoredLogits
 from learner.policy_loss import MAX_LOG_RATIO, PolicyLoss, importance_weight, policy_loss, sequence_log_ratio
 from rollout.trajectory import Kind
 
+KeptStates = Literal["none", "discrete", "all"]
+"""Scored positions whose exact KL is over the whole vocabulary: it needs the reference's hidden states there."""
+
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
@@ -49,6 +52,13 @@ class ObjectiveSettings:
     def needs_reference(self) -> bool:
         """Whether a forward pass of the reference policy is needed."""
         return self.kl_coefficient > 0
+
+    @property
+    def keeps_states(self) -> KeptStates:
+        """What the KL needs of the reference besides scores."""
+        if not self.needs_reference or not self.kl_estimator.startswith("exact"):
+            return "none"
+        return "all" if self.kl_estimator == "exact_vocabulary" else "discrete"
 
     @property
     def needs_every_position(self) -> bool:
@@ -77,18 +87,18 @@ class _Scores:
 
 
 def score_positions(
-    hidden: Tensor, weight: Tensor, batch: ReplayBatch, *, keep_hidden: bool = False, gather: Gather | None = None
+    hidden: Tensor, weight: Tensor, batch: ReplayBatch, *, keep: KeptStates = "none", gather: Gather | None = None
 ) -> ScoredLogits:
     """Scores of a policy at the positions of a batch, without gradient: for `ReplayBatch.old` and `.reference`.
 
-    hidden [N, d] are the hidden states of `batch.rows`, weight [V, d] the head. `keep_hidden` keeps the states that the
-    exact full-vocabulary KL needs.
+    hidden [N, d] are the hidden states of `batch.rows`, weight [V, d] the head; `keep` names those that are kept.
     """
     soft, other = _rows_by_kind(batch)
     with torch.no_grad():
         scores = _score(hidden, weight, batch, soft, other, torch.ones_like(batch.retained), False, gather)
         log_prob = scores.log_prob.new_zeros(batch.rows.shape[0]).index_copy(0, other, scores.log_prob)
-    return ScoredLogits(scores.candidate_logits, log_prob, hidden[other].detach() if keep_hidden else None)
+    kept = {"none": None, "discrete": hidden[other].detach(), "all": hidden.detach()}[keep]
+    return ScoredLogits(scores.candidate_logits, log_prob, kept)
 
 
 def objective(
@@ -103,7 +113,7 @@ def objective(
     """Local loss (a scalar) and statistics of one packed pass.
 
     hidden [N, d] are the hidden states of `batch.rows`, weight [V, d] the head; `reference_weight` [V, d] is the head
-    of the reference policy, needed by `kl_estimator: exact` where discrete positions are scored.
+    of the reference policy, needed by exact KL where positions are scored over the whole vocabulary.
     """
     soft, other = _rows_by_kind(batch)
     support = torch.ones_like(batch.retained) if settings.likelihood == "reference" else batch.retained
@@ -232,17 +242,33 @@ def _reference_kl(
     reference = batch.reference
     if reference is None:
         raise ValueError(f"kl_coefficient={settings.kl_coefficient} needs ReplayBatch.reference")
-    if settings.kl_estimator != "exact":
+    keeps = settings.keeps_states
+    if keeps == "none":
         log_ratio = _log_ratio(new.candidate_logits, new.log_prob, reference, batch, settings, soft, other)
         return sampled_kl(log_ratio, estimator=settings.kl_estimator)
+    if keeps == "all":
+        return _vocabulary_kl(hidden, weight, reference.hidden, reference_weight, batch.temperature, gather)
     at_soft = candidate_kl(new.candidate_logits, reference.candidate_logits, support)
-    at_other = torch.zeros_like(new.log_prob)
-    if other.numel():
-        if reference.hidden is None or reference_weight is None:
-            raise ValueError("kl_estimator: exact needs the reference's hidden states (keep_hidden) and head weight")
-        states = (hidden[other], weight, reference.hidden, reference_weight)
-        at_other = linear_kl(*states, temperature=batch.temperature[other], gather=gather)
+    temperature = batch.temperature[other]
+    at_other = _vocabulary_kl(hidden[other], weight, reference.hidden, reference_weight, temperature, gather)
     return _spread(batch, soft, at_soft, other, at_other)
+
+
+def _vocabulary_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    reference_hidden: Tensor | None,
+    reference_weight: Tensor | None,
+    temperature: Tensor,
+    gather: Gather | None,
+) -> Tensor:
+    """Exact KL [T] over the vocabulary, also where T is 0 and there is no reference to compare with."""
+    if not hidden.shape[0]:
+        return temperature.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    if reference_hidden is None or reference_weight is None:
+        raise ValueError("exact KL needs the reference's hidden states (keep) and head weight")
+    states = (hidden, weight, reference_hidden, reference_weight)
+    return linear_kl(*states, temperature=temperature, gather=gather)
 
 
 def _position_statistics(

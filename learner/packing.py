@@ -96,7 +96,7 @@ class ScoredLogits:
     log_prob: Tensor
     """[N] fp32 full-vocabulary log-probability of the emitted token at its temperature; 0 at soft positions"""
     hidden: Tensor | None = None
-    """[N - S, d] hidden states of the other positions, kept only for the exact full-vocabulary KL"""
+    """[R, d] hidden states of the positions whose exact KL is over the whole vocabulary (`KeptStates`)"""
 
     def to(self, device: torch.device | str) -> ScoredLogits:
         """The same scores on another device."""

@@ -25,7 +25,7 @@ from learner.checkpoint import check_loadable, load_state, needs_conversion, rea
 from learner.diagnostics import Statistics
 from learner.export import export_checkpoint, named_weights, save_weights, whole
 from learner.model import PolicyModel, load_policy
-from learner.objective import ObjectiveSettings, objective, score_positions
+from learner.objective import KeptStates, ObjectiveSettings, objective, score_positions
 from learner.optimizer import build_optimizer, deepspeed_config, effective_zero_stage, learning_rate
 from learner.packing import ReplayBatch, ScoredLogits
 from learner.replay import plan_step, rank_batches
@@ -132,21 +132,21 @@ class Trainer:
             scored.append([replace(b, old=o, reference=r) for b, o, r in zip(batches, old, reference, strict=True)])
         return scored
 
-    def _scores(self, model: Any, batch: ReplayBatch, *, keep_hidden: bool = False) -> ScoredLogits:
+    def _scores(self, model: Any, batch: ReplayBatch, keep: KeptStates = "none") -> ScoredLogits:
         batch = batch.to(self.spec.device)
         with torch.no_grad():
-            scores: ScoredLogits = model(batch, partial(_score_batch, batch=batch, keep_hidden=keep_hidden))
+            scores: ScoredLogits = model(batch, partial(_score_batch, batch=batch, keep=keep))
         return scores.to("cpu")
 
     def _reference_scores(self, batch: ReplayBatch) -> ScoredLogits | None:
         if not self.settings.needs_reference:
             return None
-        keep_hidden = self.settings.kl_estimator == "exact"
+        keep = self.settings.keeps_states
         if self.reference is not None:
-            return self._scores(self.reference, batch, keep_hidden=keep_hidden)
+            return self._scores(self.reference, batch, keep)
         # The base of low-rank adapters is the reference: no second copy.
         with self.policy.language_model.disable_adapter():
-            return self._scores(self.engine, batch, keep_hidden=keep_hidden)
+            return self._scores(self.engine, batch, keep)
 
     def _update(self, batches: Sequence[ReplayBatch]) -> OptimizerStep:
         """One optimiser step on this rank's share of a mini-batch."""
@@ -169,7 +169,7 @@ class Trainer:
     @contextmanager
     def _reference_head(self) -> Iterator[Tensor | None]:
         """The reference's output matrix, whole, while the exact full-vocabulary KL needs it (also backward)."""
-        if not self.settings.needs_reference or self.settings.kl_estimator != "exact":
+        if self.settings.keeps_states == "none":
             yield None
             return
         head = _module(self.engine if self.reference is None else self.reference).head.weight
@@ -211,8 +211,8 @@ def _objective(
     return objective(hidden, weight, batch, settings, reference_weight=reference_weight)
 
 
-def _score_batch(hidden: Tensor, weight: Tensor, batch: ReplayBatch, keep_hidden: bool) -> ScoredLogits:
-    return score_positions(hidden, weight, batch, keep_hidden=keep_hidden)
+def _score_batch(hidden: Tensor, weight: Tensor, batch: ReplayBatch, keep: KeptStates) -> ScoredLogits:
+    return score_positions(hidden, weight, batch, keep=keep)
 
 
 def objective_settings(spec: LearnerSpec) -> ObjectiveSettings:

@@ -165,7 +165,9 @@ class KLConfig(Section):
     """Penalty towards the frozen reference policy."""
 
     coefficient: Annotated[float, Field(ge=0)] = 0.001
-    estimator: Literal["exact", "k1", "k2", "k3"] = "k3"
+    estimator: Literal["exact", "exact_vocabulary", "k1", "k2", "k3"] = "k3"
+    """Exact over the candidates of a soft token and over the vocabulary elsewhere; over the vocabulary everywhere; or
+    estimated from the sample."""
     refresh_every: Annotated[int, Field(ge=1)] | None = None
     """Copy the policy into the reference every so many steps."""
 
@@ -283,6 +285,7 @@ class ClusterConfig(Section):
     object_store_mb: Annotated[int, Field(ge=80)] = 512
     """Of a local cluster."""
     startup_timeout_s: Seconds = 120.0
+    """Wait for room for all pools; give an autoscaler the minutes that its nodes need."""
 
 
 class Config(Section):

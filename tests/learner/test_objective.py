@@ -58,10 +58,12 @@ def hidden_states(model: LlamaForCausalLM, batch: ReplayBatch, *, packed: bool =
     return output[0][0][batch.rows]
 
 
-def with_references(batch: ReplayBatch, reference: LlamaForCausalLM, *, packed: bool) -> ReplayBatch:
+def with_references(
+    batch: ReplayBatch, reference: LlamaForCausalLM, settings: ObjectiveSettings, *, packed: bool
+) -> ReplayBatch:
     with torch.no_grad():
         hidden = hidden_states(reference, batch, packed=packed)
-        scores = score_positions(hidden, reference.lm_head.weight, batch, keep_hidden=True)
+        scores = score_positions(hidden, reference.lm_head.weight, batch, keep=settings.keeps_states)
     return replace(batch, reference=scores, old=scores)
 
 
@@ -77,7 +79,7 @@ def run(
     model.zero_grad()
     total, statistics = torch.zeros((), dtype=torch.float64), []
     for batch in batches:
-        batch = with_references(batch, reference, packed=packed)
+        batch = with_references(batch, reference, settings, packed=packed)
         loss, part = objective(
             hidden_states(model, batch, packed=packed),
             model.lm_head.weight,
@@ -104,10 +106,12 @@ SETTINGS = ObjectiveSettings(
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("aggregation", list(AGGREGATIONS))
-@pytest.mark.parametrize("kind", ["ppo", "gspo"])
-def test_packed_equals_unpacked(dtype: torch.dtype, tolerance: float, aggregation: str, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "estimator"), [("ppo", "exact"), ("gspo", "exact_vocabulary")])
+def test_packed_equals_unpacked(
+    dtype: torch.dtype, tolerance: float, aggregation: str, kind: str, estimator: str
+) -> None:
     """Loss and gradients, for several budgets, orders and numbers of ranks; stock attention on the unpacked side."""
-    settings = replace(SETTINGS, policy_loss=kind)  # type: ignore[arg-type]
+    settings = replace(SETTINGS, policy_loss=kind, kl_estimator=estimator)  # type: ignore[arg-type]
     sequences = random_sequences(LENGTHS, dtype=dtype)
     weights = weights_of(sequences, aggregation)
     model, reference = tiny_model(dtype), tiny_model(dtype, seed=1)
@@ -130,7 +134,13 @@ def test_packed_equals_unpacked(dtype: torch.dtype, tolerance: float, aggregatio
 
 
 def naive_loss(
-    hidden: Tensor, weight: Tensor, old_hidden: Tensor, old_weight: Tensor, batch: ReplayBatch, beta: float
+    hidden: Tensor,
+    weight: Tensor,
+    old_hidden: Tensor,
+    old_weight: Tensor,
+    batch: ReplayBatch,
+    beta: float,
+    kl_over_candidates: bool,
 ) -> Tensor:
     """GRPO with the censored likelihood and exact KL, position by position from full logits (all in float64)."""
     total = torch.zeros((), dtype=torch.float64)
@@ -151,7 +161,8 @@ def naive_loss(
                 for value, unseen in ((l_new, unseen_new), (l_old, unseen_old))
             ]
             log_ratio = (l_new - l_old)[active].sum() - active.sum() * (rates[0].log() - rates[1].log())
-            kl = kl_divergence(Categorical(logits=new[ids]), Categorical(logits=old[ids]))
+            support = ids if kl_over_candidates else slice(None)
+            kl = kl_divergence(Categorical(logits=new[support]), Categorical(logits=old[support]))
         else:
             log_ratio = (new.log_softmax(-1) - old.log_softmax(-1))[batch.ids[n]]
             kl = kl_divergence(Categorical(logits=new), Categorical(logits=old))
@@ -163,19 +174,21 @@ def naive_loss(
     return total
 
 
-def test_against_the_naive_definition() -> None:
+@pytest.mark.parametrize("estimator", ["exact", "exact_vocabulary"])
+def test_against_the_naive_definition(estimator: str) -> None:
     sequences = random_sequences(LENGTHS)
     batch = pack(sequences, weights_of(sequences, "token_mean"))
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(len(batch.rows), 8, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(VOCABULARY, 8, generator=generator, dtype=torch.float64).requires_grad_()
     before, old_weight = hidden.detach() * 1.05, weight.detach() + 0.05
-    scores = score_positions(before, old_weight, batch, keep_hidden=True)
+    settings = ObjectiveSettings(likelihood="censored", kl_coefficient=0.3, kl_estimator=estimator)  # type: ignore[arg-type]
+    scores = score_positions(before, old_weight, batch, keep=settings.keeps_states)
     batch = replace(batch, old=scores, reference=scores)
-    settings = ObjectiveSettings(likelihood="censored", kl_coefficient=0.3, kl_estimator="exact")
     loss, statistics = objective(hidden, weight, batch, settings, reference_weight=old_weight)
     gradients = torch.autograd.grad(loss, (hidden, weight))
-    expected = naive_loss(hidden, weight, before, old_weight, batch, beta=0.3)
+    over_candidates = estimator == "exact"
+    expected = naive_loss(hidden, weight, before, old_weight, batch, beta=0.3, kl_over_candidates=over_candidates)
     torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-10)
     for gradient, wanted in zip(gradients, torch.autograd.grad(expected, (hidden, weight)), strict=True):
         torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=1e-9)
@@ -217,8 +230,7 @@ def test_every_combination_has_finite_gradients(kind: str, likelihood: str, old:
     sequences = random_sequences(LENGTHS)
     batch = pack(sequences, weights_of(sequences, "sequence_mean"))
     hidden, weight = random_head(batch)
-    reference = score_positions(hidden.detach() + 0.1, weight, batch, keep_hidden=True)
-    for estimator in ("k3", "exact"):
+    for estimator in ("k3", "exact", "exact_vocabulary"):
         settings = ObjectiveSettings(
             likelihood=likelihood,  # type: ignore[arg-type]
             policy_loss=kind,  # type: ignore[arg-type]
@@ -228,6 +240,7 @@ def test_every_combination_has_finite_gradients(kind: str, likelihood: str, old:
             entropy_bonus=0.01,
             importance_cap=2.0,
         )
+        reference = score_positions(hidden.detach() + 0.1, weight, batch, keep=settings.keeps_states)
         loss, _ = objective(
             hidden, weight, replace(batch, reference=reference), settings, reference_weight=weight.detach()
         )
@@ -372,5 +385,5 @@ def test_kl_needs_a_reference() -> None:
     with pytest.raises(ValueError, match=r"needs ReplayBatch\.reference"):
         objective(hidden, weight, batch, ObjectiveSettings(kl_coefficient=0.1))
     scored = replace(batch, reference=score_positions(hidden, weight, batch))
-    with pytest.raises(ValueError, match="keep_hidden"):
+    with pytest.raises(ValueError, match="exact KL needs"):
         objective(hidden, weight, scored, ObjectiveSettings(kl_coefficient=0.1, kl_estimator="exact"))

@@ -108,6 +108,7 @@ def test_the_gradient_is_that_of_a_naive_loop(tiny_model_dir: Path, gradient_che
     [
         {"likelihood": "none"},
         {"likelihood": "none", "kl_coefficient": 0.1, "kl_estimator": "exact"},
+        {"kl_coefficient": 0.1, "kl_estimator": "exact_vocabulary"},
         {"likelihood": "argmax", "policy_loss": "sapo"},
         {"likelihood": "reference", "policy_loss": "cispo", "advantage": "rloo"},
         {"likelihood": "concrete", "policy_loss": "gspo", "advantage": "bnpo"},
