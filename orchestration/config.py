@@ -136,7 +136,8 @@ class RolloutConfig(Section):
     gpu_memory_utilization: Fraction = 0.85
     enforce_eager: bool = False
     request_timeout_s: Seconds = 1800.0
-    """A group that takes longer is dispatched again on another actor."""
+    """A group that takes half of it moves with its tokens to another actor that has room; where it could not and takes
+    longer, its actor is replaced and it starts again."""
     startup_timeout_s: Seconds = 600.0
 
 
@@ -156,7 +157,7 @@ class RewardConfig(Section):
     on_failure: Literal["incorrect", "mask"] = "incorrect"
     """What a timeout, crash or out-of-memory verdict does to its sample: reward 0, or leave it out of the group."""
     failure_alarm: Fraction = 0.2
-    """Share of failed verdicts in a step that raises the alarm."""
+    """A batch with a larger share of failed verdicts is not trained; a few in a row end the run. 1 trains all."""
     user_rule: str | None = None
     """`module:function` of the user's own rule, usable under the rule name `user`."""
 

@@ -124,7 +124,7 @@ class ActorPool:
             ray.kill(member.actor)
 
     def resize(self, size: int) -> None:
-        """Grow (new members serve once they are up to date) or shrink (the last ones finish their work first)."""
+        """Grow (new members serve once they are up to date) or shrink (the last ones give up their work first)."""
         for index in range(size):
             if index not in self._members:
                 self._add(index)
