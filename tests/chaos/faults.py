@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections import Counter
+from pathlib import Path
 
 from orchestration.run_state import load_state
 from tests.end_to_end.recipes import Run
@@ -26,13 +26,24 @@ def wait_for_replacement(run: Run, title: str, dead: int, count: int) -> None:
     run.wait_until(replaced, f"a replacement of {title}")
 
 
+def ledger(run: Run, steps: int, groups_per_step: int, bound: int = 1) -> dict[str, int]:
+    """The counts of the checkpoint at `steps`, the last: full batches, nothing too old, versions unique."""
+    counts = load_state(_checkpoint(run, steps)).counts
+    assert counts["trained"] == steps * groups_per_step
+    lines = run.metrics()
+    assert sorted({line["step"] for line in lines}) == list(range(1, steps + 1))
+    assert max(line["staleness/max"] for line in lines) <= bound
+    for attempt in {line["attempt"] for line in lines}:
+        versions = [line["sync/version"] for line in lines if line["attempt"] == attempt]
+        assert versions == sorted(set(versions)), "a version number was used for two policies"
+    return counts
+
+
 def balanced(run: Run, steps: int, groups_per_step: int) -> dict[str, int]:
     """The ledger of a finished run: every step trained a full batch, every group ended once; returns the counts."""
-    state = load_state(run.run_dir / "checkpoints" / f"step_{steps:06d}")
-    counts = Counter(state.counts)
-    assert counts["trained"] == steps * groups_per_step
-    assert not state.pending, "the last step needs all groups that were started"
-    last = {line["step"]: line for line in run.metrics()}
-    assert sorted(last) == list(range(1, steps + 1))
-    assert all(line["staleness/max"] <= 1 for line in last.values())
-    return dict(counts)
+    assert not load_state(_checkpoint(run, steps)).pending, "the last step needs all groups that were started"
+    return ledger(run, steps, groups_per_step)
+
+
+def _checkpoint(run: Run, step: int) -> Path:
+    return run.run_dir / "checkpoints" / f"step_{step:06d}"
