@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 
 from learner.group import LearnerGroup
 from learner.spec import LearnerError
 from orchestration.cli import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED
 from orchestration.cluster import connected, labelled_pools, reserve_learner
-from orchestration.config import Config
+from orchestration.config import Config, ConfigError
 from orchestration.controller import Controller, Parts
 from orchestration.dataset import PromptStream, Visit, dataset_digest
 from orchestration.draining import DrainWatcher, Resident, node_of, own_node
@@ -52,6 +53,14 @@ DRAIN_SHARE = 0.8
 
 def run_training(config: Config, *, resume: bool) -> int:
     """One attempt at a run; returns the exit code."""
+    try:
+        return _run_attempt(config, resume=resume)
+    except RunError as error:  # before the pools were up: there is nothing to save
+        logger.error("%s", error)
+        return EXIT_ERROR
+
+
+def _run_attempt(config: Config, *, resume: bool) -> int:
     resolved = validate(config).require_complete()
     for warning in resolved.warnings:
         logger.warning("%s", warning)
@@ -115,15 +124,20 @@ class TrainingRun:
         except (RunError, LearnerError) as error:
             logger.error("%s", error)
             await self._save_what_is_left()
+        except ConfigError:
+            raise
+        except Exception:  # the end of the process: whatever it was belongs into the run's own log too
+            logger.exception("the run ends with an error that nobody expected")
         finally:
             if self.evaluation is not None:
                 self.evaluation.cancel()
             self._kill_pools()
             self.tracker.close(status)
             self.watchdog.stop()
-        if status == "KILLED":
+        if status != "FINISHED":
             held = self.directory.latest_checkpoint()
-            logger.info("stopped; %s", f"continue with --resume from {held.name}" if held else "no step was finished")
+            rest = f"continue with --resume from {held.name}" if held else "there is no checkpoint"
+            logger.info("%s; %s", "stopped" if status == "KILLED" else "failed", rest)
         return {"FINISHED": EXIT_DONE, "KILLED": EXIT_STOPPED}.get(status, EXIT_ERROR)
 
     async def _work(self) -> None:
@@ -210,9 +224,17 @@ class TrainingRun:
             self.evaluation.after_step(step)
         every = self.config.tracking.trajectories_every
         if every and step % every == 0:
-            path = self.directory.path / "trajectories" / f"step_{step:06d}.parquet"
+            await self._save_sample(metrics, step)
+
+    async def _save_sample(self, metrics: StepMetrics, step: int) -> None:
+        """A group of this step for people to read; one that cannot be had costs a warning, never a step."""
+        path = self.directory.path / "trajectories" / f"step_{step:06d}.parquet"
+        try:
             await asyncio.to_thread(save_sample, metrics.groups[0], path)
-            self.tracker.artifact(path, "trajectories")
+        except (RayError, OSError) as error:
+            logger.warning("no trajectories of step %d: %s", step, str(error).splitlines()[0])
+            return
+        self.tracker.artifact(path, "trajectories")
 
     def _pool_metrics(self) -> dict[str, float]:
         metrics: dict[str, float] = {
