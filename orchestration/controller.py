@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 PromptIds = Callable[[Visit], tuple[int, ...]]
 MAX_SETBACKS_WITHOUT_PROGRESS = 3
-"""Learner deaths and lost batches in a row: with more, something breaks every step."""
+"""Learner deaths, lost and ungraded batches in a row: with more, something breaks every step."""
 
 
 class Room(Protocol):
@@ -140,6 +140,8 @@ class Controller:
                     group_ids = await self._next_batch()
                 if group_ids is None:
                     break
+                if self._give_up_ungraded(group_ids):
+                    continue
                 try:
                     await self._train(group_ids)
                     if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.config.steps:
@@ -249,6 +251,30 @@ class Controller:
             self._producers.pop(group_id).cancel()
             self.slots.drop(group_id, "age")
             self._reissue(group_id)
+
+    def _give_up_ungraded(self, group_ids: Sequence[str]) -> bool:
+        """Whether too many graders failed for this batch to teach anything: then all complete groups with such answers
+        are issued again and training waits. Raises `RunError` when that does not help.
+        """
+        grades = [grade for group_id in group_ids for grade in self._complete[group_id].grades]
+        failed, number = [grade for grade in grades if grade.verdict.is_failure], len(grades)
+        if len(failed) <= self.config.reward.failure_alarm * number:
+            return False
+        problem = (
+            f"step {self.step + 1}: {len(failed)} of {number} answers could not be graded, more than "
+            f"reward.failure_alarm={self.config.reward.failure_alarm:g}: {_verdicts(failed)}"
+        )
+        self._setbacks += 1
+        if self._setbacks > MAX_SETBACKS_WITHOUT_PROGRESS:
+            raise RunError(f"{problem}; {self._setbacks} setbacks in a row, grading again does not help")
+        logger.error("%s; not trained, those groups are issued again", problem)
+        ungraded = [name for name, group in self._complete.items() if any(g.verdict.is_failure for g in group.grades)]
+        for group_id in ungraded:
+            self.slots.drop(group_id, "ungraded")
+            self._reissue(group_id)
+        self._metrics.add("failures/ungraded_batches", 1)
+        self._changed.set()
+        return True
 
     async def _train(self, group_ids: list[str]) -> None:
         """One training step at the current version, and the publication of what it made."""
@@ -378,6 +404,12 @@ def _watched(what: str, deadline_s: float) -> AbstractContextManager[None]:
 def _now() -> float:
     """The event loop's clock, in seconds: simulations replace it."""
     return asyncio.get_running_loop().time()
+
+
+def _verdicts(failed: Sequence[Grade]) -> str:
+    """Counts of failed verdicts, and what the last one was about."""
+    counts = Counter(grade.verdict for grade in failed)
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f" (the last: {failed[-1].detail})"
 
 
 async def _cancel(*tasks: asyncio.Task[None]) -> None:

@@ -152,14 +152,19 @@ class SimulatedRollout:
         self.changed.set()
 
 
+@dataclass
 class SimulatedVerifier:
-    """Every other answer is right."""
+    """Every other answer is right; `breaks` says which groups' graders die."""
+
+    breaks: Callable[[str], bool] = lambda group_id: False
 
     def raise_if_broken(self) -> None:
         return
 
     async def score(self, batch: Any, gold: Any, rule: str) -> list[Grade]:
         await asyncio.sleep(0.01)
+        if self.breaks(batch):
+            return [Grade(Verdict.CRASH, 0.0, detail="segmentation fault")] * 2
         return [Grade(Verdict.CORRECT, 1.0), Grade(Verdict.INCORRECT, 0.0)]
 
 
@@ -252,13 +257,14 @@ class Simulation:
         self.directory.create(self.config, resume=self.resume)
         self.rollout = SimulatedRollout(self.actors, self.slots_per_actor, self.timing, rng)
         self.learner = SimulatedLearner(self.timing)
+        self.verifier = SimulatedVerifier()
         state, backlog = await self._restore(stream, {row.prompt_id: row for row in rows})
         self.ages: list[int] = []
         parts = Parts(
             stream=stream,
             prompt_ids=lambda visit: (1, 2, 3),
             rollout=self.rollout,
-            verifier=SimulatedVerifier(),
+            verifier=self.verifier,
             learner=self.learner,
             directory=self.directory,
             after_step=self._after_step,

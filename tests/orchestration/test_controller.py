@@ -158,6 +158,50 @@ def test_stop_request_leaves_a_checkpoint_with_everything(tmp_path: Path) -> Non
     assert len(trained) == len(set(trained)) == 200
 
 
+def test_a_broken_verifier_pauses_training_until_it_works_again(tmp_path: Path) -> None:
+    broken_between = (30.0, 50.0)
+    ungraded: set[str] = set()
+    trained_ungraded: list[str] = []
+
+    def break_for_a_while(simulation: Simulation) -> None:
+        def breaks(group_id: str) -> bool:
+            broken = broken_between[0] < simulation.loop.now < broken_between[1]
+            (ungraded.add if broken else ungraded.discard)(group_id)
+            return broken
+
+        train = simulation.learner.train
+
+        async def watched(groups, step):
+            trained_ungraded.extend(group.group_id for group in groups if group.group_id in ungraded)
+            return await train(groups, step)
+
+        simulation.verifier.breaks, simulation.learner.train = breaks, watched
+
+    config = simulated_config(tmp_path, steps=20, reward__failure_alarm=0.2)
+    simulation = Simulation(config, prepare=break_for_a_while).run()
+    counts = simulation.controller.slots.counts
+    assert counts["trained"] == len(set(simulation.learner.trained)) == 80
+    assert counts["dropped/ungraded"] >= 4
+    assert len(trained_ungraded) < 4, "only groups of batches below the alarm"
+    assert max(simulation.ages) <= 2
+
+
+def test_a_verifier_that_stays_broken_ends_the_run(tmp_path: Path) -> None:
+    def break_later(simulation: Simulation) -> None:
+        simulation.verifier.breaks = lambda group_id: simulation.controller.step >= 3
+
+    simulation = Simulation(simulated_config(tmp_path, steps=20), prepare=break_later)
+    with pytest.raises(RunError, match=r"of 8 answers could not be graded, .*alarm=0.2: \d crash \(the last: segmen"):
+        simulation.run()
+    assert 3 <= simulation.controller.step < 8
+
+
+def test_an_alarm_of_one_trains_whatever_comes(tmp_path: Path) -> None:
+    config = simulated_config(tmp_path, steps=3, reward__failure_alarm=1.0)
+    simulation = Simulation(config, prepare=lambda s: setattr(s.verifier, "breaks", lambda group_id: True)).run()
+    assert simulation.controller.slots.counts["trained"] == 12
+
+
 @settings(max_examples=40, deadline=None)
 @given(deaths=st.lists(st.integers(0, 30), max_size=3, unique=True), bound=st.integers(0, 3), every=st.integers(1, 5))
 @example(deaths=[15], bound=0, every=5)  # in the last checkpoint
