@@ -1,0 +1,62 @@
+"""Whose fault a failed call is: the member's, its argument's or the group's; and when a pool gives up."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, ObjectReconstructionFailedError, RayTaskError
+
+from orchestration import pools
+from orchestration.failures import ActorLost, GroupFailed, InputLost, PoolExhausted
+from orchestration.pools import ActorPool
+from tests.orchestration.test_retiring import fake_actor
+
+
+def task_error(cause: Exception) -> BaseException:
+    """What `await ref` raises when an actor's method raised `cause`."""
+    return RayTaskError("score", "traceback", cause).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "replaced"),
+    [
+        (ActorDiedError(), ActorLost, 1),
+        (task_error(RuntimeError("broken engine")), ActorLost, 1),
+        (task_error(ObjectReconstructionFailedError("00" * 28, "address", "site")), InputLost, 0),
+        (task_error(ValueError("prompt too long")), GroupFailed, 0),
+    ],
+)
+def test_who_pays_for_a_failed_call(
+    error: BaseException, raised: type[Exception], replaced: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(pools.ray, "kill", killed.append)
+
+    async def run() -> None:
+        pool = ActorPool(fake_actor, 2, startup_timeout_s=5, hang_timeout_s=5, restarts=1)
+        await pool.start()
+        reply = asyncio.get_running_loop().create_future()
+        reply.set_exception(error)
+        with pytest.raises(raised, match="grades"):
+            await pool.call(pool.members[0], [reply], 5, "grades")
+        assert (len(killed), pool.counts["restarts"]) == (replaced, replaced)
+        pool.raise_if_broken()
+        pool.kill()
+
+    asyncio.run(run())
+
+
+def test_a_spent_budget_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools.ray, "kill", lambda actor: None)
+
+    async def run() -> None:
+        pool = ActorPool(fake_actor, 1, startup_timeout_s=5, hang_timeout_s=5, restarts=0)
+        await pool.start()
+        pool.lose(pool.members[0], "it died", "died")
+        with pytest.raises(PoolExhausted, match=r"actor 0 was lost \(it died\).*raise pipeline.max_restarts"):
+            pool.raise_if_broken()
+        pool.kill()
+
+    asyncio.run(run())
