@@ -102,9 +102,15 @@ def validate(arguments: Sequence[str]) -> int:
     namespace = parser.parse_intermixed_args(arguments)
     from orchestration.config import load_config
     from orchestration.describe import describe
+    from orchestration.validate import uses_local_cluster
     from orchestration.validate import validate as validate_config
 
-    print(describe(validate_config(load_config(namespace.config, namespace.overrides))))
+    config = load_config(namespace.config, namespace.overrides)
+    print(describe(validate_config(config)))
+    if not uses_local_cluster(config):
+        from orchestration.cluster import describe_cluster
+
+        print(describe_cluster(config))
     return EXIT_DONE
 
 

@@ -5,24 +5,30 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from orchestration import preflight
 from orchestration.config import Config, ConfigError
 from orchestration.failures import within
 from orchestration.machine import num_cpus
-from orchestration.plan import POOL_LABEL, Plan, source_path
+from orchestration.plan import Plan, source_path
 from orchestration.validate import pool_needs, uses_local_cluster
 
 logger = logging.getLogger(__name__)
 
+CONNECT_DEADLINE_S = 5.0
+LOCAL_ROOM_S = 10.0
+"""A cluster of our own is as large as it will ever be."""
+
 
 @contextmanager
-def connected(config: Config) -> Iterator[None]:
-    """Ray is up inside the block and every actor of this run is gone after it.
+def connected(config: Config, pools: Iterable[str] = preflight.POOLS) -> Iterator[None]:
+    """Ray is up inside the block, with room for these pools, and every actor of this run is gone after it.
 
-    Raises `ConfigError` where an existing cluster is too small for the plan (unless it scales itself).
+    Raises `ConfigError` where there is no room within `cluster.startup_timeout_s`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray logs an environment variable into every worker; the accelerator override is its own future default.
@@ -46,24 +52,67 @@ def connected(config: Config) -> Iterator[None]:
         )
     else:
         ray.init(
-            address=config.cluster.address or "auto",
+            address=find_cluster(config),
             log_to_driver=False,
             logging_level=logging.WARNING,
             runtime_env=worker_environment,
         )
     try:
-        _check_capacity(config)
+        if uses_local_cluster(config):
+            preflight.require_room(config, pools, LOCAL_ROOM_S)
+        else:
+            preflight.require_room(config, pools, config.cluster.startup_timeout_s)
         yield
     finally:
         ray.shutdown()
 
 
+def describe_cluster(config: Config) -> str:
+    """What the run asks against the cluster that RAY_ADDRESS or the recipe names, where that answers from here."""
+    import ray
+    from ray.exceptions import RayError
+
+    address = os.environ.get("RAY_ADDRESS") or config.cluster.address
+    if address in (None, "auto"):
+        return "its room is checked when the run starts; RAY_ADDRESS=http://HEAD:8265 compares it with a cluster now"
+    try:
+        if address.startswith(("http://", "https://")):
+            return preflight.describe_room(config, preflight.dashboard_nodes(address))
+        ray.init(address=find_cluster(config), log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            return preflight.describe_room(config, preflight.cluster_nodes())
+        finally:
+            ray.shutdown()
+    except (ConfigError, ConnectionError, RuntimeError, RayError) as error:  # RuntimeError: the token is refused
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"{reason}\nits room is checked when the run starts"
+
+
+def find_cluster(config: Config) -> str:
+    """Address of the cluster that the run joins; it took a connection (Ray itself waits for minutes).
+
+    Raises `ConfigError` where none answers.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    wanted = config.cluster.address or "auto"
+    if "://" in wanted:
+        return wanted
+    try:
+        found: str = canonicalize_bootstrap_address(wanted) or wanted
+        host, _, port = found.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_DEADLINE_S).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cluster.address={wanted}: no Ray cluster answers here ({error}); start one (`ray start --head`), submit "
+            "the run to one (`softgrpo submit`), or leave cluster.address out for one of its own on this machine"
+        ) from None
+    return found
+
+
 def labelled_pools() -> frozenset[str]:
     """Pools for which this cluster has nodes of their own (label `rl/pool`)."""
-    import ray
-
-    labels = (node.get("Labels", {}).get(POOL_LABEL) for node in ray.nodes() if node["Alive"])
-    return frozenset(label for label in labels if label)
+    return preflight.labels_of(preflight.cluster_nodes())
 
 
 async def reserve_learner(plan: Plan) -> dict[str, Any]:
@@ -83,20 +132,3 @@ async def reserve_learner(plan: Plan) -> dict[str, Any]:
     what = f"a place for {len(bundles)} learner ranks of {bundles[0]} (is the cluster large enough?)"
     await within(group.ready(), plan.learner.startup_timeout_s, what)
     return {**options, "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=group)}
-
-
-def _check_capacity(config: Config) -> None:
-    import ray
-
-    needs, total = pool_needs(config), ray.cluster_resources()
-    for resource, wanted in (("CPU", needs.cpus), ("GPU", needs.gpus)):
-        if wanted > total.get(resource, 0) and not _scales():
-            raise ConfigError(
-                f"the pools ask for {wanted:g} {resource}s, the cluster has {total.get(resource, 0):g}; lower "
-                "rollout.num_actors, learner.world_size or their num_cpus/num_gpus, or add nodes"
-            )
-
-
-def _scales() -> bool:
-    """Whether an autoscaler may still add nodes."""
-    return os.environ.get("RAY_ENABLE_AUTOSCALER", "0") == "1" or os.environ.get("KUBERAY_AUTOSCALING", "0") == "1"

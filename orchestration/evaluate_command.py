@@ -100,7 +100,7 @@ def _answer_everything(
                 await answer(pools, calls, writer)
                 logger.info("%s: %d calls done", writer.directory, len(calls))
 
-    with connected(resolved.config):
+    with connected(resolved.config, ("rollout", "verifier")):
         asyncio.run(run())
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from orchestration import preflight
 from orchestration.code_package import WARN_ABOVE, build_package
 from orchestration.config import Config, ConfigError, dump_config, load_config
 from orchestration.kuberay import config_digest
@@ -73,6 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     address = find_address(namespace.address)
     client = connect(address)
     refuse_if_running(client, config.name)
+    nodes = preflight.dashboard_nodes(address)
+    logger.info("what the run asks and what the cluster has:\n%s", preflight.describe_room(config, nodes))
     with tempfile.TemporaryDirectory(prefix="softgrpo-submit-") as scratch:
         extra = {SUBMITTED_CONFIG: dump_config(config).encode()}
         package = build_package(namespace.working_dir, Path(scratch) / "code.zip", extra)

@@ -171,12 +171,16 @@ def submit_here(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
 
 @pytest.mark.slow
-def test_jobs_on_a_real_head(submit_here: Any, head: str, tmp_path: Path, capsys: Any) -> None:
+def test_jobs_on_a_real_head(
+    submit_here: Any, head: str, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """Exit codes, the code archive of rendered RayJobs on a shared volume, and what a driver sees, side by side."""
+    caplog.set_level("INFO")
     ids = {}
     for code in (75, 2, 7):
         assert submit_here(f"code{code}", f"exit {code}") == 0
         ids[code] = capsys.readouterr().out.splitlines()[0]
+    assert "rollout: 1 x (1 CPU): the nodes hold 0; lower rollout.num_actors" in caplog.text
     with zipfile.ZipFile(tmp_path / "code.zip", "w") as archive:
         archive.writestr("softgrpo/driver.py", "print('from the archive')")
     client = submit.connect(head)
