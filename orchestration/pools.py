@@ -208,7 +208,7 @@ class ActorPool:
         try:
             await self._bring_up(member)
         except (RayActorError, RayTaskError, DeadlineExceeded) as error:
-            self.lose(member, f"start-up: {error}", "start")
+            self.lose(member, f"start-up: {str(error).splitlines()[0]}", "start")
 
     async def _bring_up(self, member: Member) -> None:
         what = f"{self.name} actor {member.index} to start (is the cluster large enough for it?)"
