@@ -50,3 +50,10 @@ async def within(awaitable: Awaitable[T], seconds: float, what: str) -> T:
                 return await awaitable
     except TimeoutError:
         raise DeadlineExceeded(f"waited {seconds:.0f} s for {what}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """What an error was, for a log: of an error that an actor raised the cause, without Ray's stacks."""
+    cause = getattr(error, "cause", None)
+    told = cause if isinstance(cause, BaseException) else error
+    return f"{type(told).__name__}: {(str(told).strip().splitlines() or [''])[0]}"

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from orchestration.failures import ActorLost, DeadlineExceeded, GroupFailed, InputLost, PoolExhausted, RunError, within
+from orchestration.failures import (
+    ActorLost,
+    DeadlineExceeded,
+    GroupFailed,
+    InputLost,
+    PoolExhausted,
+    RunError,
+    one_line,
+    within,
+)
 
 if TYPE_CHECKING:
     from reward.verdict import Grade
@@ -157,7 +166,7 @@ class ActorPool:
                 raise InputLost(f"{what}: {type(cause).__name__}") from error
             if isinstance(error, ValueError):
                 raise GroupFailed(f"{what}: {cause}") from error
-            self.lose(member, f"{what}: {type(cause).__name__}: {cause}", "error")
+            self.lose(member, f"{what}: {one_line(error)}", "error")
         except (RayActorError, ObjectLostError) as error:
             self.lose(member, f"{what}: {type(error).__name__}", "died")
         except DeadlineExceeded as error:
@@ -208,7 +217,7 @@ class ActorPool:
         try:
             await self._bring_up(member)
         except (RayActorError, RayTaskError, DeadlineExceeded) as error:
-            self.lose(member, f"start-up: {str(error).splitlines()[0]}", "start")
+            self.lose(member, f"start-up: {one_line(error)}", "start")
 
     async def _bring_up(self, member: Member) -> None:
         what = f"{self.name} actor {member.index} to start (is the cluster large enough for it?)"
@@ -230,7 +239,7 @@ class ActorPool:
         try:
             stats = await within(member.actor.stats.remote(), PING_DEADLINE_S, f"a ping of {self.name} {member.index}")
         except (RayActorError, RayTaskError, DeadlineExceeded) as error:
-            self.lose(member, str(error).splitlines()[0], "ping")
+            self.lose(member, one_line(error), "ping")
             return
         now = time.monotonic()
         if stats != member.stats or member.in_flight == 0:
