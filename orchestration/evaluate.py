@@ -13,11 +13,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from orchestration.dataset import PromptRow
+from orchestration.failures import InputLost
 from orchestration.statistics import bootstrap_mean, first_k, majority_vote, pass_at_k, reported_ks
 from orchestration.validate import PromptSet
 from reward.verdict import Grade, Verdict
@@ -226,8 +228,11 @@ async def run_calls(
 
     async def call(row: PromptRow, requests: tuple[RolloutRequest, ...]) -> None:
         async with room:
-            batch, summary = await pools.respond(requests)
-            grades = await pools.score(batch, row.gold, row.rule)
+            grades: list[Grade] | None = None
+            while grades is None:
+                batch, summary = await pools.respond(requests)
+                with suppress(InputLost):  # the batch went with its node: its answers are generated again
+                    grades = await pools.score(batch, row.gold, row.rule)
             await on_call(FinishedCall(row, requests, batch, summary, tuple(grades)))
 
     tasks = [asyncio.create_task(call(row, requests)) for row, requests in calls]

@@ -17,6 +17,7 @@ from orchestration.evaluate import (
     evaluation_requests,
     run_calls,
 )
+from orchestration.failures import InputLost
 from orchestration.validate import PromptSet
 from reward.verdict import Grade, Verdict
 from rollout.request import GroupSummary, RequestSettings, RolloutRequest
@@ -96,6 +97,22 @@ def test_many_samples_are_several_calls_with_the_same_seeds_as_one() -> None:
     assert seeds[:5] == [request.seed for request in few.requests]
     assert len({request.request_id for request in many.requests}) == len(seeds)
     assert max(len([r for r in many.requests if r.group_id == g]) for g in {r.group_id for r in many.requests}) == 16
+
+
+def test_answers_lost_before_they_were_graded_are_generated_again() -> None:
+    class Lossy(MemoryPools):
+        losses = 2
+
+        async def score(self, batch: Any, gold: Any, rule: str) -> list[Grade]:
+            if self.losses:
+                self.losses -= 1
+                raise InputLost("the node of the batch is gone")
+            return await super().score(batch, gold, rule)
+
+    pools = Lossy()
+    result = run(pools, "q", samples=4)
+    assert len(result.questions[0].samples) == 4
+    assert len(pools.requests) == 12 and len({request.seed for request in pools.requests}) == 4
 
 
 def test_seeds_depend_on_the_evaluation_seed_and_the_question_but_not_on_the_tag() -> None:
