@@ -52,6 +52,30 @@ def test_steps_raise_the_probability_of_what_was_rewarded(tiny_model_dir: Path) 
     assert all(math.isfinite(value) for value in first.values())
 
 
+def test_time_and_memory_of_every_pass_are_metrics(tiny_model_dir: Path) -> None:
+    groups = [make_group(seed) for seed in range(3)]
+    metrics = Trainer(learner_spec(tiny_model_dir, micro_batch_tokens=40), rank=0).train(groups, 0)
+    assert metrics["learner/passes"] >= 3
+    assert 0 < metrics["learner/pass_s_mean"] <= metrics["learner/pass_s_max"] < metrics["learner/update_s"]
+    assert metrics["learner/passes"] * metrics["learner/pass_s_mean"] < metrics["learner/update_s"]
+    assert 50 < metrics["learner/pass_memory_mb_max"] < 50_000
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_keeps_master_weights_and_moments_on_the_host(stage: int, tiny_model_dir: Path) -> None:
+    """What DeepSpeed was told, and what it holds; that the weights stay the same is for `test_zero_stages`."""
+    spec = learner_spec(tiny_model_dir, zero_stage=stage, offload_optimizer=True, dtype="bfloat16")
+    trainer = Trainer(spec, rank=0)
+    trainer.train([make_group(0)], 0)
+    optimizer = trainer.engine.optimizer
+    assert optimizer.offload_optimizer if stage == 3 else optimizer.cpu_offload
+    groups = [parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]]
+    held = list(optimizer.fp32_partitioned_groups_flat) if stage == 3 else groups
+    moments = [state["exp_avg"] for state in optimizer.optimizer.state.values()]
+    assert held and len(moments) == len(held)
+    assert all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in [*held, *moments])
+
+
 def naive_gradient_norm(model_dir: Path, samples: Sequence[Sample], answer_temperature: float) -> float:
     """The first step's gradient, sequence by sequence, with the full logits of a plain transformers model."""
     from transformers import AutoModelForCausalLM

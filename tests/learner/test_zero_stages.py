@@ -86,7 +86,7 @@ def test_stages_and_ranks_give_the_same_weights(
     "change",
     [
         {"zero_stage": 2, "offload_optimizer": True},
-        {"zero_stage": 3, "gradient_checkpointing": True},
+        {"zero_stage": 3, "gradient_checkpointing": True, "offload_optimizer": True},
         {"zero_stage": 3, "kl_estimator": "exact_vocabulary"},
         {"zero_stage": 0, "micro_batch_tokens": 16},
     ],
