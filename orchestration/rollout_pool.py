@@ -212,7 +212,7 @@ class RolloutPool(ActorPool):
                 continue
             try:
                 return await self.generate(room, requests)
-            except ActorLost:
+            except (ActorLost, InputLost):
                 continue
 
     def publish(self, weights: PublishedWeights) -> None:
