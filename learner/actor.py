@@ -88,8 +88,13 @@ class LearnerRank:
         return self.trainer.train(groups, step)
 
     def publish(self, version: int) -> Iterator[np.ndarray | Link]:
-        """Yield the parts of the current weights, labelled `version`, the link last; collective, only rank 0 yields."""
-        weights = self.trainer.weights()
+        """Yield the parts of the current weights, labelled `version`, the link last; collective, only rank 0 yields.
+
+        Raises `LearnerError` instead of the link if a weight is not finite: such a version does not exist.
+        """
+        from learner.export import finite
+
+        weights = finite(version, self.trainer.weights())
         if self.rank != 0:
             for _ in weights:
                 pass

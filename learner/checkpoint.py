@@ -1,7 +1,9 @@
 """The resumable state of a learner: DeepSpeed's own files plus our facts, written into one given folder and synced.
 
 `save_state` writes only below that folder; making the result atomic (manifest, rename) is the caller's job, so
-DeepSpeed's `latest` file is never written. The step decides the learning rate, and nothing in a learner step is random.
+DeepSpeed's `latest` file is never written. What one rank cannot write all ranks report, after DeepSpeed's own barriers:
+an exception in between would leave the others waiting in them. The step decides the learning rate, and nothing in a
+learner step is random.
 
 A state is loaded with the ZeRO stage it was saved with, on any number of ranks: partitioned states of another world
 size go through DeepSpeed's universal checkpoint format, converted beside the committed checkpoint (never inside it: a
@@ -15,14 +17,15 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from learner.export import sync_directory
-from learner.spec import LearnerError
+from learner.spec import CheckpointNotWritten, LearnerError
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +35,66 @@ UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 """Without it DeepSpeed refuses to convert the state of ZeRO 1 and 2."""
 
 
-def save_state(engine: Any, directory: Path, facts: dict[str, Any], rank: int) -> None:
-    """Write optimiser, master weights and `facts` below an existing folder; collective, synced when it returns."""
-    engine.save_checkpoint(str(directory), tag=TAG, client_state=UNIVERSAL, save_latest=False)
-    if rank == 0:
-        (directory / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    sync_directory(directory)
+class Writes:
+    """The writes of one checkpoint on this rank: failures are kept until every rank can raise them together."""
+
+    ERRORS = (OSError, RuntimeError, SafetensorError)
+    """Of a full disk: the system's own, torch.save's and safetensors'."""
+
+    def __init__(self) -> None:
+        self._failures: list[str] = []
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """A failure to write inside the block is kept."""
+        try:
+            yield
+        except self.ERRORS as error:
+            self._failures.append(f"{type(error).__name__}: {error}")
+
+    @contextlib.contextmanager
+    def of_deepspeed(self, engine: Any) -> Iterator[None]:
+        """The same for everything that DeepSpeed writes inside the block."""
+        writers = [(engine.checkpoint_engine, "makedirs"), (engine.checkpoint_engine, "save")]
+        writers.append((engine, "_copy_recovery_script"))
+        for owner, name in writers:
+            setattr(owner, name, self._attempted(getattr(owner, name)))
+        try:
+            yield
+        finally:
+            for owner, name in writers:
+                delattr(owner, name)
+
+    def _attempted(self, write: Callable[..., None]) -> Callable[..., None]:
+        def attempted(*arguments: Any, **options: Any) -> None:
+            with self.attempt():
+                write(*arguments, **options)
+
+        return attempted
+
+    def conclude(self, directory: Path) -> None:
+        """Raise `CheckpointNotWritten` on every rank if anything failed on one; collective."""
+        import torch.distributed as dist
+
+        failures: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(failures, self._failures)
+        for rank, of_rank in enumerate(failures):
+            if of_rank:
+                raise CheckpointNotWritten(f"rank {rank} cannot write to {directory}: {of_rank[0]}")
+
+
+def save_state(engine: Any, directory: Path, facts: dict[str, Any], rank: int, writes: Writes) -> None:
+    """Write optimiser, master weights and `facts` below a folder; collective, synced when it returns.
+
+    Raises `CheckpointNotWritten` on every rank if one of `writes`, these or earlier ones, failed on any.
+    """
+    with writes.of_deepspeed(engine):
+        engine.save_checkpoint(str(directory), tag=TAG, client_state=UNIVERSAL, save_latest=False)
+    with writes.attempt():
+        if rank == 0:
+            (directory / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        sync_directory(directory)
+    writes.conclude(directory)
 
 
 def read_facts(directory: Path) -> dict[str, Any]:

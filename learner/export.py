@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.model import PolicyModel, causal_model
+from learner.spec import LearnerError
 
 BASE_LAYER = ".base_layer"
 ADAPTER = "default"
@@ -36,6 +37,28 @@ def named_weights(policy: PolicyModel) -> Iterator[tuple[str, Tensor]]:
                 low, high = (adapter.detach().float() for adapter in adapters)
                 weight = (weight.float() + layer.scaling[ADAPTER] * (high @ low)).to(weight.dtype)
             yield name.replace(BASE_LAYER, ""), weight
+
+
+def finite(version: int, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same weights; raises `LearnerError` after the last one, with its name, if one has a NaN or an infinity.
+
+    At the end, because it is the end that makes a version visible, and one look costs a GPU less than one per tensor.
+    """
+    names, extremes = [], []
+    for name, weight in weights:
+        if weight.numel():
+            names.append(name)
+            extremes.append(torch.stack(weight.aminmax()).float())  # one pass, and a NaN wins
+        yield name, weight
+    if not extremes:
+        return
+    sound = torch.stack(extremes).isfinite().all(dim=1).tolist()
+    if not all(sound):
+        raise LearnerError(
+            f"version {version} is not published: {names[sound.index(False)]} and {sound.count(False) - 1} more of "
+            f"{len(sound)} tensors are not finite; look at learner/grad_norm_max and objective/ratio_max, and lower "
+            "learner.learning_rate"
+        )
 
 
 def whole(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager[Any]:

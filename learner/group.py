@@ -19,7 +19,7 @@ from typing import Any
 
 from learner.actor import LearnerRank
 from learner.collapse_watch import CollapseWatch
-from learner.spec import BatchesLost, LearnerError, LearnerSpec, PublishedWeights, ReplayError, ScoredGroup
+from learner.spec import BatchesLost, LearnerError, LearnerSpec, PublishedWeights, Refused, ReplayError, ScoredGroup
 from rollout.transport import WeightChain
 
 __all__ = ["LearnerError", "LearnerGroup", "LearnerSpec", "PublishedWeights", "ReplayError", "ScoredGroup"]
@@ -100,7 +100,10 @@ class LearnerGroup:
         return PublishedWeights(link.manifest, tuple(self._chain.references), tuple(self._chain.links))
 
     async def save(self, directory: Path) -> None:
-        """Write the resumable state into an existing directory; it is synced to disk when this returns."""
+        """Write the resumable state into a directory; it is synced to disk when this returns.
+
+        Raises `CheckpointNotWritten` where the disk does not take it: the ranks stay alive.
+        """
         calls = [rank.save.remote(str(directory)) for rank in self._started()]
         await self._collect("save", calls, self._deadline(self.spec.step_timeout_s))
 
@@ -152,7 +155,7 @@ class LearnerGroup:
             task.cancel()
         if not late and len(errors) == len(tasks):
             refused = [_cause(error) for error in errors.values()]
-            if all(isinstance(cause, ReplayError) for cause in refused):
+            if all(isinstance(cause, Refused) for cause in refused):
                 raise refused[0]
         self.kill()
         waited = time.monotonic() - started

@@ -19,8 +19,25 @@ class LearnerError(RuntimeError):
     """The learner group cannot go on; the message names the rank and the phase."""
 
 
-class ReplayError(ValueError):
+class Refused(ValueError):
+    """All ranks declined a call alike and are as before it: the group stays alive, nothing was counted."""
+
+
+class ReplayError(Refused):
     """A training step that cannot be made of the given groups (none left, or rewards that fit no row)."""
+
+    outcome = "replay"
+    """Under which its groups are counted as failed."""
+
+
+class NonFiniteGradients(ReplayError):
+    """Every optimiser step of the batch was skipped: its loss or gradients have a NaN or an infinity."""
+
+    outcome = "not finite"
+
+
+class CheckpointNotWritten(Refused):
+    """The disk did not take a checkpoint; the one before stays what it was."""
 
 
 class BatchesLost(RuntimeError):

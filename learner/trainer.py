@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.checkpoint import check_loadable, load_state, needs_conversion, read_facts, save_state
+from learner.checkpoint import Writes, check_loadable, load_state, needs_conversion, read_facts, save_state
 from learner.diagnostics import Statistics
 from learner.export import export_checkpoint, named_weights, save_weights, whole
 from learner.model import PolicyModel, load_policy
@@ -29,12 +29,14 @@ from learner.objective import KeptStates, ObjectiveSettings, objective, score_po
 from learner.optimizer import build_optimizer, deepspeed_config, effective_zero_stage, learning_rate
 from learner.packing import ReplayBatch, ScoredLogits
 from learner.replay import plan_step, rank_batches
-from learner.spec import LearnerError, LearnerSpec, ScoredGroup
+from learner.spec import LearnerError, LearnerSpec, NonFiniteGradients, ReplayError, ScoredGroup
 from learner.step_report import OptimizerStep, step_metrics
 
 logger = logging.getLogger(__name__)
 
 REFERENCE = "reference.safetensors"
+MAX_REFUSED_IN_A_ROW = 3
+"""Batches that trained nothing, one after another, before the fault is looked for in the policy instead of in them."""
 
 
 class Trainer:
@@ -44,6 +46,7 @@ class Trainer:
         self.spec = spec
         self.rank = rank
         self.steps = 0
+        self.refused_in_a_row = 0
         self.settings = objective_settings(spec)
         initialize_distributed(spec)
         torch.manual_seed(spec.seed)
@@ -73,10 +76,27 @@ class Trainer:
         return self.spec.old_log_density == "behaviour"
 
     def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        """Training step number `step` (from 0) on resolved groups; the same metrics on every rank."""
-        started = time.perf_counter()
+        """Training step number `step` (from 0) on resolved groups; the same metrics on every rank.
+
+        Raises, on every rank: `ReplayError` for a batch that trains nothing (the weights are as before, the step is not
+        counted), and `LearnerError` before one more batch where too many in a row did not.
+        """
         if step != self.steps:
             raise LearnerError(f"asked to train step {step}, the learner is at step {self.steps}")
+        if self.refused_in_a_row >= MAX_REFUSED_IN_A_ROW:
+            raise LearnerError(
+                f"step {step}: {self.refused_in_a_row} batches in a row trained nothing; see their messages"
+            )
+        try:
+            metrics = self._train(groups, step)
+        except ReplayError:
+            self.refused_in_a_row += 1
+            raise
+        self.refused_in_a_row = 0
+        return metrics
+
+    def _train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+        started = time.perf_counter()
         plan = plan_step(groups, self.spec, self.policy.inputs.vocab_size)
         mini_batches = [rank_batches(samples, self.spec, self.rank) for samples in plan.mini_batches]
         planned = time.perf_counter()
@@ -86,6 +106,8 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         steps = [self._update(batches) for _ in range(self.spec.epochs) for batches in mini_batches]
+        if all(update.skipped for update in steps):
+            raise NonFiniteGradients(f"step {step}: gradients of all {len(steps)} mini-batches are not finite")
         self.steps += 1
         refresh = self.spec.kl_refresh_every if self.reference is not None else None
         if refresh and self.steps % refresh == 0:
@@ -109,11 +131,15 @@ class Trainer:
         return named_weights(self.policy)
 
     def save(self, directory: Path) -> None:
-        """Write the resumable state below `directory`."""
+        """Write the resumable state below `directory`. Raises `CheckpointNotWritten` on every rank if one cannot."""
+        writes = Writes()
         facts = {"world_size": self.spec.world_size, **self.describe()}
         if self.spec.kl_refresh_every and self.reference is not None:
-            save_weights(named_weights(_module(self.reference)), directory / REFERENCE, writes=self.rank == 0)
-        save_state(self.engine, directory, facts, self.rank)
+            with writes.attempt():
+                directory.mkdir(parents=True, exist_ok=True)
+            with writes.attempt():
+                save_weights(named_weights(_module(self.reference)), directory / REFERENCE, writes=self.rank == 0)
+        save_state(self.engine, directory, facts, self.rank, writes)
 
     def export(self, directory: Path) -> None:
         """Write a Hugging Face checkpoint into `directory`."""

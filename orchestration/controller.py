@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from learner.spec import BatchesLost, LearnerError, PublishedWeights, ReplayError, ScoredGroup
+from learner.spec import BatchesLost, CheckpointNotWritten, LearnerError, PublishedWeights, ReplayError, ScoredGroup
 from orchestration.config import Config
 from orchestration.dataset import PromptStream, Visit
 from orchestration.failures import ActorLost, GroupFailed, InputLost, RunError
@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 PromptIds = Callable[[Visit], tuple[int, ...]]
 MAX_SETBACKS_WITHOUT_PROGRESS = 3
 """Learner deaths, lost and ungraded batches in a row: with more, something breaks every step."""
+MAX_UNWRITTEN_CHECKPOINTS = 3
+"""In a row, while training goes on and somebody may make room on the disk."""
 
 
 class Room(Protocol):
@@ -128,6 +130,8 @@ class Controller:
         self._setbacks = 0
         """Since the last finished step."""
         self._committed_step = self.step
+        self._unwritten_checkpoints = 0
+        """Since the last one that was written."""
         self._metrics = StepMetrics()
 
     async def run(self) -> None:
@@ -163,10 +167,25 @@ class Controller:
         self._changed.set()
 
     async def checkpoint(self) -> None:
-        """Commit the learner's state with the driver's, atomically."""
+        """Commit the learner's state with the driver's, atomically.
+
+        A disk that does not take it costs this checkpoint and an alarm, unless it is the last one or too many in a row:
+        then `RunError`.
+        """
         started = _now()
-        with self.parts.directory.new_checkpoint(self._state(), self.config.checkpoint.keep_last) as directory:
-            await self.parts.learner.save(directory / "learner")
+        try:
+            with self.parts.directory.new_checkpoint(self._state(), self.config.checkpoint.keep_last) as directory:
+                await self.parts.learner.save(directory / "learner")
+        except CheckpointNotWritten as error:
+            self._unwritten_checkpoints += 1
+            what = f"no checkpoint of step {self.step}, the last one is of step {self._committed_step}: {error}"
+            needed = self.stopping or self.step == self.config.steps
+            if needed or self._unwritten_checkpoints > MAX_UNWRITTEN_CHECKPOINTS:
+                raise RunError(f"{what}; {self._unwritten_checkpoints} in a row: make room, then --resume") from error
+            logger.error("%s; training goes on for now: make room", what)
+            self._metrics.add("failures/unwritten_checkpoints", 1)
+            return
+        self._unwritten_checkpoints = 0
         self._committed_step = self.step
         self._uncommitted.clear()
         self._metrics.add("time/checkpoint_s", _now() - started)
@@ -318,7 +337,7 @@ class Controller:
         """Nothing of the batch could be replayed: its groups failed, the policy stays as it is."""
         logger.error("a batch failed: %s", error)
         for group_id in self.slots.groups(Phase.TRAINING):
-            self.slots.fail(group_id, "replay")
+            self.slots.fail(group_id, error.outcome)
             del self._complete[group_id], self._visits[group_id]
         self._changed.set()
 
@@ -342,7 +361,7 @@ class Controller:
             if self._setbacks > MAX_SETBACKS_WITHOUT_PROGRESS:
                 raise error
             logger.error("learner lost at step %d: %s", self.step, error)
-            checkpoint = self.parts.directory.latest_checkpoint()
+            checkpoint = self.parts.directory.checkpoint_of(self._committed_step)
             try:
                 await self.parts.learner.start(checkpoint / "learner" if checkpoint else None)
                 weights = await self.parts.learner.publish(version)

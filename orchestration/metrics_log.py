@@ -3,7 +3,8 @@
 One line per logged step: {"step": 3, "time": 1763693000.1, "attempt": 1, "reward/mean": 0.5, ...}. A value that is not
 finite is null, beside `nonfinite/<name>` = 1. `append` never waits for the disk: a writer thread writes at once and
 syncs every few seconds, so a killed process loses at most the lines of the last milliseconds and a lost machine those
-of the last seconds. A line that was torn by a crash is cut off when the log is opened again.
+of the last seconds. A line that was torn by a crash is cut off when the log is opened again. What a full disk does not
+take waits in memory and is written, in order, once there is room; a run that ends before that says how much it lost.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(path)
         self._file = path.open("ab", buffering=0)
+        self._refused = False
+        """Whether the disk took nothing at the last attempt: said once per outage."""
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_forever, name="metrics-log", daemon=True)
         self._thread.start()
@@ -80,6 +83,8 @@ class MetricsLog:
             if isinstance(item, threading.Event) and not unwritten:
                 item.set()
             if item is None:
+                if unwritten:
+                    logger.error("%s: the disk did not take the last %d lines", self.path, unwritten.count(b"\n"))
                 self._file.close()
                 return
 
@@ -95,8 +100,11 @@ class MetricsLog:
             try:
                 data = data[self._file.write(data) :]
             except OSError as error:
-                logger.error("%s: cannot write (%s), trying again", self.path, error)
+                if not self._refused:
+                    logger.error("%s: cannot write (%s), trying again", self.path, error)
+                self._refused = True
                 return data
+        self._refused = False
         return b""
 
     def _sync(self) -> None:

@@ -99,7 +99,7 @@ class RunEvaluation:
         with self.directory.holding(step):
             try:
                 await self._evaluate(step)
-            except GroupFailed as failure:
+            except (GroupFailed, OSError) as failure:  # a full disk costs this evaluation, not the run
                 logger.error("evaluation of step %d failed: %s", step, failure)
                 self.log({"evaluation/failed": 1}, step)
                 return

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from learner.spec import CheckpointNotWritten
 from orchestration.config import Config, ConfigError, dump_config
 from orchestration.failures import RunDirectoryBusy, RunError
 
@@ -96,16 +97,21 @@ class RunDirectory:
 
     @contextmanager
     def new_checkpoint(self, state: RunState, keep_last: int) -> Iterator[Path]:
-        """Yields the directory to fill; commits it when the block ends, leaves no trace when it raises."""
+        """Yields the directory to fill; commits it when the block ends, leaves no trace when it raises.
+
+        Raises `CheckpointNotWritten` where the disk does not take it.
+        """
         aside = self._aside(state.step)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
         try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
             yield aside
             (aside / RUN_STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
             commit(aside, self.checkpoints / _name(state.step))
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise CheckpointNotWritten(f"{self.checkpoints}: {error}") from error
             raise
         self._prune(keep_last)
 
@@ -180,7 +186,11 @@ class RunDirectory:
         kept.update(_name(step) for step in self._held)
         for path in self._all()[:-keep_last]:
             if path.name not in kept:
-                shutil.rmtree(path)
+                shutil.rmtree(path, onerror=_note_leftover)
+
+
+def _note_leftover(_: object, path: str, failure: tuple[Any, BaseException, Any]) -> None:
+    logger.warning("%s: an old checkpoint cannot be removed: %s", path, failure[1])
 
 
 def _name(step: int) -> str:

@@ -121,8 +121,8 @@ class TrainingRun:
             if not self.stopping:
                 raise
             status = "KILLED"
-        except (RunError, LearnerError) as error:
-            logger.error("%s", error)
+        except (RunError, LearnerError, OSError) as error:
+            logger.error("%s", error, exc_info=isinstance(error, OSError))
             await self._save_what_is_left()
         except ConfigError:
             raise
@@ -288,10 +288,11 @@ class TrainingRun:
         """After an error outside the learner its state is still good: keep it."""
         if self.controller is None or not self.learner.alive:
             return
+        self.controller.request_stop()
         try:
             async with asyncio.timeout(self.config.checkpoint.stop_grace_s):
                 await self.controller.checkpoint()
-        except (LearnerError, TimeoutError, OSError) as error:
+        except (LearnerError, RunError, TimeoutError) as error:
             logger.error("no checkpoint at the end: %s", error)
 
     def _kill_pools(self) -> None:

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from learner.checkpoint import FACTS
 from learner.export import named_weights
-from learner.spec import LearnerError, ScoredGroup
+from learner.spec import CheckpointNotWritten, LearnerError, ScoredGroup
 from learner.trainer import Trainer
 from tests.learner.handmade import learner_spec, make_group
 from tests.learner.two_ranks import STEPS, Pair
@@ -104,6 +105,28 @@ def test_a_refreshed_reference_is_part_of_the_state(
         kept = dict(named_weights(getattr(model, "module", model)))
         assert all(torch.equal(kept[name], weight) for name, weight in at_refresh.items())
     assert losses([resumed.train(groups, 3)]) == losses([trainer.train(groups, 3)])
+
+
+@pytest.mark.parametrize(("stage", "full"), [(0, 0), (1, 1), (3, 0)])
+def test_a_rank_that_cannot_write_costs_the_checkpoint_alone(
+    stage: int, full: int, tiny_model_dir: Path, tmp_path: Path, groups: list[ScoredGroup], pair: Pair
+) -> None:
+    """Both ranks say so, none waits for the other, both train on, and the next checkpoint is whole."""
+    spec = learner_spec(tiny_model_dir, zero_stage=stage, world_size=2, kl_coefficient=0.1, kl_refresh_every=2)
+    pair.call("begin", spec, pair.master)
+    pair.call("run", groups)
+    ray.get(pair.ranks[full].limit_files.remote(4096), timeout=60)
+    try:
+        refused = pair.call("refusal", "save", tmp_path / "first")
+    finally:
+        ray.get(pair.ranks[full].limit_files.remote(-1), timeout=60)
+    for error in refused:
+        assert isinstance(error, CheckpointNotWritten)
+        assert f"rank {full} cannot write to {tmp_path}/first: " in str(error)
+    pair.call("save", str(tmp_path / "second"))
+    uninterrupted = pair.call("run", groups)[0]
+    pair.call("begin", spec, pair.master, str(tmp_path / "second"))
+    assert losses(pair.call("run", groups)[0]) == losses(uninterrupted)
 
 
 def test_states_that_do_not_fit_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -6,16 +6,20 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from learner.actor import LearnerRank
 from learner.likelihood import soft_log_ratio
+from learner.objective import objective
 from learner.replay import Sample, plan_step
-from learner.spec import LearnerError, ReplayError, ScoredGroup
+from learner.spec import LearnerError, NonFiniteGradients, ReplayError, ScoredGroup
 from learner.trainer import Trainer
 from rollout.trajectory import Kind, pack, unpack
+from rollout.transport import Link
 from tests.learner.handmade import learner_spec, make_group
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_rank")]
@@ -206,19 +210,52 @@ def test_refused_trajectories_are_named_and_the_rest_trains(
     assert trainer.steps == 1
 
 
-def test_non_finite_gradients_skip_the_step(tiny_model_dir: Path) -> None:
+def test_non_finite_gradients_refuse_the_batch(tiny_model_dir: Path) -> None:
     for stage in (0, 1):
         trainer = Trainer(learner_spec(tiny_model_dir, zero_stage=stage), rank=0)
         trainer.train([make_group(0)], 0)
         before = weights_of(trainer)
         settings = trainer.settings
         trainer.settings = dataclasses.replace(settings, noise_scale=float("nan"))
-        metrics = trainer.train([make_group(1)], 1)
-        assert metrics["learner/skipped_steps"] == 1
+        with pytest.raises(NonFiniteGradients, match="step 1: gradients of all 1 mini-batches are not finite"):
+            trainer.train([make_group(1)], 1)
+        assert trainer.steps == 1
         assert all(torch.equal(before[name], weight) for name, weight in weights_of(trainer).items())
         trainer.settings = settings
-        assert trainer.train([make_group(1)], 2)["learner/skipped_steps"] == 0
+        assert trainer.train([make_group(1)], 1)["learner/skipped_steps"] == 0
         assert not torch.equal(before["model.norm.weight"], weights_of(trainer)["model.norm.weight"])
+
+
+def test_one_mini_batch_without_finite_gradients_is_skipped_and_counted(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(learner_spec(tiny_model_dir, mini_batches=2), rank=0)
+    calls: list[int] = []
+
+    def spoilt(*arguments: Any, **options: Any) -> Any:
+        calls.append(len(calls))
+        loss, statistics = objective(*arguments, **options)
+        return loss * (math.nan if len(calls) == 1 else 1.0), statistics
+
+    monkeypatch.setattr("learner.trainer.objective", spoilt)
+    metrics = trainer.train([make_group(seed) for seed in range(2)], 0)
+    assert (metrics["learner/skipped_steps"], metrics["learner/optimizer_steps"]) == (1, 1)
+    assert all(weight.isfinite().all() for weight in weights_of(trainer).values())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_never_published(tiny_model_dir: Path, bad: float) -> None:
+    """The parts may travel, but without the link there is no version."""
+    rank = LearnerRank(learner_spec(tiny_model_dir), rank=0)
+    rank._trainer = Trainer(rank.spec, rank=0)
+    *_, link = rank.publish(1)
+    assert isinstance(link, Link) and link.manifest.version == 1
+    with torch.no_grad():
+        dict(rank.trainer.policy.language_model.named_parameters())["model.norm.weight"][3] = bad
+    sent = []
+    with pytest.raises(LearnerError, match=r"version 2 is not published: model.norm.weight and 0 more of"):
+        sent.extend(rank.publish(2))
+    assert not any(isinstance(part, Link) for part in sent)
 
 
 def test_save_and_load_continue_the_same_curve(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import ray
 import torch
 
-from learner.spec import LearnerSpec, ScoredGroup
-from learner.trainer import Trainer
+from learner.spec import LearnerError, LearnerSpec, NonFiniteGradients, ScoredGroup
+from learner.trainer import MAX_REFUSED_IN_A_ROW, Trainer
 from tests.learner.handmade import learner_spec, make_group
 from tests.learner.two_ranks import STEPS, Pair, Weights
 
@@ -158,17 +158,18 @@ def test_adapters_publish_merged_weights(base_spec: LearnerSpec, groups: list[Sc
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_non_finite_gradients_of_one_rank_skip_the_step_on_all(
+def test_non_finite_gradients_of_one_rank_refuse_the_batch_on_all(
     stage: int, base_spec: LearnerSpec, groups: list[ScoredGroup], pair: Pair
 ) -> None:
     spec = dataclasses.replace(base_spec, zero_stage=stage, mini_batches=1, world_size=2, kl_coefficient=0.0)
     pair.call("begin", spec, pair.master)
     before = pair.call("weights")[0]
     ray.get(pair.ranks[1].set_noise_scale.remote(float("nan")), timeout=60)
-    metrics = [result[0] for result in pair.call("run", groups)]
-    assert [metric["learner/skipped_steps"] for metric in metrics] == [1, 1]
+    for _ in range(MAX_REFUSED_IN_A_ROW):
+        refused = pair.call("refusal", "train", groups, 0)
+        assert [type(error) for error in refused] == [NonFiniteGradients, NonFiniteGradients]
     after = pair.call("weights")[0]
     assert all(torch.equal(after[name], before[name]) for name in before)
     ray.get(pair.ranks[1].set_noise_scale.remote(1.0), timeout=60)
-    assert pair.call("run", groups)[0][0]["learner/skipped_steps"] == 0
-    assert not torch.equal(pair.call("weights")[0]["model.norm.weight"], before["model.norm.weight"])
+    given_up = pair.call("refusal", "train", groups, 0)
+    assert all(isinstance(error, LearnerError) and "3 batches in a row" in str(error) for error in given_up)

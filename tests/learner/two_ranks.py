@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 from typing import Any
 
 import ray
 import torch
 
 from learner.actor import LearnerRank
-from learner.spec import LearnerSpec, ScoredGroup
+from learner.spec import LearnerError, LearnerSpec, Refused, ScoredGroup
 
 STEPS = 3
 
@@ -32,6 +33,19 @@ class PairRank(LearnerRank):
     def set_noise_scale(self, scale: float) -> None:
         """Change the objective of this rank only."""
         self.trainer.settings = dataclasses.replace(self.trainer.settings, noise_scale=scale)
+
+    def refusal(self, method: str, *arguments: Any) -> Exception:
+        """What the trainer's method raises."""
+        try:
+            getattr(self.trainer, method)(*arguments)
+        except (Refused, LearnerError) as error:
+            return error
+        raise AssertionError(f"{method} raised nothing")
+
+    def limit_files(self, num_bytes: int) -> None:
+        """No file of this process may grow beyond that (-1: as far as the disk allows), as on a full disk."""
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
 
     def weights(self) -> Weights:
         """All weights, on every rank."""

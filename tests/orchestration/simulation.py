@@ -260,6 +260,7 @@ class Simulation:
         self.verifier = SimulatedVerifier()
         state, backlog = await self._restore(stream, {row.prompt_id: row for row in rows})
         self.ages: list[int] = []
+        self.metrics: list[dict[str, float]] = []
         parts = Parts(
             stream=stream,
             prompt_ids=lambda visit: (1, 2, 3),
@@ -286,3 +287,4 @@ class Simulation:
 
     async def _after_step(self, step: int, version: int, metrics: StepMetrics) -> None:
         self.ages += metrics.ages
+        self.metrics.append(metrics.values)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from learner.spec import LearnerError
+from learner.spec import CheckpointNotWritten, LearnerError, NonFiniteGradients
 from orchestration.failures import RunError
+from orchestration.run_state import load_state
 from tests.orchestration.simulation import Simulation, Timing, simulated_config
 
 
@@ -119,6 +121,74 @@ def test_learner_death_repeats_at_most_the_steps_since_the_checkpoint(tmp_path: 
     assert len(trained) == len(set(trained)) == 48, "the two steps since the checkpoint were repeated, not added"
     assert simulation.controller.slots.counts["dropped/learner lost"] >= 4 + 2 * 4
     assert max(simulation.ages) <= 2
+
+
+@pytest.mark.parametrize("spoilt", [1, 2])
+def test_a_batch_without_finite_gradients_is_failed_and_the_run_goes_on(tmp_path: Path, spoilt: int) -> None:
+    """It is never issued again; the next batch trains the same step."""
+    bad: list[str] = []
+
+    def spoil(simulation: Simulation) -> None:
+        train = simulation.learner.train
+
+        async def sometimes(groups, step):
+            if step == 3 and len(bad) < 4 * spoilt:
+                bad.extend(group.group_id for group in groups)
+                raise NonFiniteGradients("step 3: nan")
+            return await train(groups, step)
+
+        simulation.learner.train = sometimes
+
+    simulation = Simulation(simulated_config(tmp_path, steps=8), prepare=spoil).run()
+    counts = simulation.controller.slots.counts
+    assert counts["failed/not finite"] == len(bad) == 4 * spoilt
+    assert counts["trained"] == 32
+    assert not set(bad) & set(simulation.learner.trained)
+    assert max(simulation.ages) <= 2
+
+
+@pytest.mark.parametrize("lasts", [1, 3])
+def test_a_full_disk_costs_checkpoints_and_training_goes_on(tmp_path: Path, lasts: int) -> None:
+    simulation = Simulation(
+        simulated_config(tmp_path, steps=12, checkpoint__every_steps=2), prepare=full_disk(2, lasts)
+    ).run()
+    assert simulation.controller.step == 12
+    assert sum(metrics.get("failures/unwritten_checkpoints", 0) for metrics in simulation.metrics) == lasts
+    newest = simulation.directory.latest_checkpoint()
+    assert newest is not None and load_state(newest).step == 12
+    assert len(simulation.learner.trained) == len(set(simulation.learner.trained)) == 48
+
+
+@pytest.mark.parametrize(("steps", "lasts", "last_step"), [(14, 9, 10), (6, 2, 6)])
+def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoint_before(
+    tmp_path: Path, steps: int, lasts: int, last_step: int
+) -> None:
+    """After four in a row, or when the last one cannot be written."""
+    simulation = Simulation(
+        simulated_config(tmp_path, steps=steps, checkpoint__every_steps=2), prepare=full_disk(2, lasts)
+    )
+    with pytest.raises(RunError, match=rf"no checkpoint of step {last_step}, the last one is of step 2: .*No space"):
+        simulation.run()
+    newest = simulation.directory.latest_checkpoint()
+    assert newest is not None and load_state(newest).step == 2
+
+
+def full_disk(after_step: int, lasts: int) -> Callable[[Simulation], None]:
+    """The next `lasts` checkpoints after that step cannot be written."""
+
+    def prepare(simulation: Simulation) -> None:
+        save, refused = simulation.learner.save, []
+
+        async def save_if_room(directory: Path) -> None:
+            if simulation.controller.step > after_step and len(refused) < lasts:
+                refused.append(directory)
+                directory.mkdir(parents=True)
+                raise CheckpointNotWritten("rank 0: No space left on device")
+            await save(directory)
+
+        simulation.learner.save = save_if_room
+
+    return prepare
 
 
 def test_a_learner_that_keeps_dying_ends_the_run(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from learner.spec import CheckpointNotWritten
 from orchestration import run_state
 from orchestration.config import ConfigError
 from orchestration.failures import RunDirectoryBusy, RunError
@@ -180,7 +181,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_over_by_itself(director
 
 
 def test_an_error_while_saving_leaves_no_trace(directory: RunDirectory) -> None:
-    with pytest.raises(OSError, match="no space"), directory.new_checkpoint(STATE, 2) as aside:
+    with pytest.raises(CheckpointNotWritten, match="no space"), directory.new_checkpoint(STATE, 2) as aside:
         (aside / "half").write_bytes(b"x")
         raise OSError("no space left")
     assert list(directory.checkpoints.iterdir()) == []
