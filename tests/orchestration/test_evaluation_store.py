@@ -66,7 +66,8 @@ def finished(row: PromptRow, requests: Sequence[RolloutRequest], num_correct: in
         Grade(Verdict.CORRECT if r.sample_index < num_correct else Verdict.INCORRECT, 1.0, str(r.sample_index))
         for r in requests
     )
-    return FinishedCall(row, tuple(requests), None, summarise_group(trajectories, 0.1), grades), pack(trajectories)
+    summary = summarise_group(trajectories, 0.1, version=0)
+    return FinishedCall(row, tuple(requests), None, summary, grades), pack(trajectories)
 
 
 def calls(samples: int = 4) -> list[Any]:
