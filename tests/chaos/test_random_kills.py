@@ -39,6 +39,7 @@ BLOWS = (
     ("VerifierActor", signal.SIGSTOP, 1),
 )
 """Who, how, and how often relative to the others."""
+ACTORS = ("LearnerRank", "RolloutActor", "VerifierActor")
 RUNS: tuple[dict[str, Any], ...] = (
     {},
     {"pipeline__transport": "delta", "pipeline__max_staleness": 0},
@@ -109,7 +110,8 @@ class Story:
         self._wait(self._went_on(reached), f"a step beyond {reached}, all actors in service")
 
     def _resume_after_death(self) -> None:
-        workers = self.run.descendants()
+        workers = [worker for name in ACTORS for worker in self.run.actors(f"ray::{name}")]
+        workers += [child for worker in workers for child in worker.children(recursive=True)]
         self.run.kill()
         _, alive = psutil.wait_procs(workers, timeout=60)
         assert not alive, f"outlive the driver: {alive}"
