@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import psutil
@@ -63,14 +62,3 @@ def test_driver_killed_and_resumed(inputs: Path, tmp_path: Path) -> None:
     assert first > seen[-1] - 5, "more than checkpoint_every steps were repeated"
     balanced(resumed, steps, groups_per_step=4)
     assert {line["attempt"] for line in lines} == {1, 2}
-
-
-@pytest.mark.chaos
-def test_a_hung_rollout_actor_is_replaced(inputs: Path, tmp_path: Path) -> None:
-    """SIGSTOP looks like a hang: the deadline notices, the group is generated elsewhere."""
-    run = Run(recipe(inputs, tmp_path / "run", rollout__num_actors=2, rollout__request_timeout_s=15, steps=40, seed=3))
-    run.wait_for_step(3)
-    dead = hit(run, "ray::RolloutActor", signal.SIGSTOP)
-    wait_for_replacement(run, "ray::RolloutActor", dead, count=2)
-    assert run.wait() == 0, run.tail()
-    balanced(run, 40, groups_per_step=4)
