@@ -54,11 +54,14 @@ class Recording:
         if end > len(self._ranks):
             self._grow(end)
         ids, values = rows.logprob_token_ids, rows.logprobs
-        # A batch without thinking rows sends fewer columns; a batch with some sends more than discrete requests need.
-        id_columns = min(ids.shape[1], self._ids.shape[1])
-        value_columns = min(values.shape[1], self._values.shape[1])
-        self._ids[begin:end, :id_columns] = ids[:, :id_columns]
-        self._values[begin:end, :value_columns] = values[:, :value_columns]
+        if ids.shape[1] == self._ids.shape[1]:
+            self._ids[begin:end], self._values[begin:end] = ids, values
+        else:
+            # A batch without thinking rows sends fewer columns; one with some sends more than discrete requests need.
+            id_columns = min(ids.shape[1], self._ids.shape[1])
+            value_columns = min(values.shape[1], self._values.shape[1])
+            self._ids[begin:end, :id_columns] = ids[:, :id_columns]
+            self._values[begin:end, :value_columns] = values[:, :value_columns]
         self._ranks[begin:end] = rows.sampled_token_ranks
         if self._ids[end - 1, 0] != tokens[-1]:
             raise PayloadError(f"request {self.request.request_id}: payload row and token differ at position {end - 1}")
