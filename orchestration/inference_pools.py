@@ -13,7 +13,7 @@ import ray
 
 from orchestration.config import Config
 from orchestration.evaluate import MAX_GROUP, TwoPools
-from orchestration.plan import Plan, make_plan
+from orchestration.plan import Plan, as_member, make_plan
 from orchestration.pools import VerifierPool
 from orchestration.rollout_pool import ROOM_PER_SEAT, RolloutPool
 from orchestration.validate import Resolved
@@ -28,7 +28,7 @@ GROUP_GRADING_SLACK_S = 60.0
 def make_rollout_pool(config: Config, plan: Plan) -> RolloutPool:
     """The vLLM actors of a plan, not yet started."""
     return RolloutPool(
-        lambda index: _create(RolloutActor, plan.engine_options, plan.engine),
+        lambda index: _create(RolloutActor, as_member(plan.engine_options, index), plan.engine),
         config.rollout.num_actors,
         request_timeout_s=config.rollout.request_timeout_s,
         sync_timeout_s=config.pipeline.sync_timeout_s,
@@ -43,7 +43,7 @@ def make_verifier_pool(config: Config, plan: Plan) -> VerifierPool:
     """The verifier actors of a plan, not yet started."""
     largest_group = max(config.algorithm.group_size, MAX_GROUP)
     return VerifierPool(
-        lambda index: _create(VerifierActor, plan.verifier_options, plan.verifier),
+        lambda index: _create(VerifierActor, as_member(plan.verifier_options, index), plan.verifier),
         config.reward.num_actors,
         group_timeout_s=largest_group * config.reward.deadline_s + GROUP_GRADING_SLACK_S,
         groups_per_member=config.reward.processes_per_actor,

@@ -3,9 +3,11 @@
     2026-11-21 03:40:12 I rollout[1] v12 rollout.actor: swapped weights
     {"time": "...", "level": "INFO", "pool": "rollout", "rank": "1", "policy_version": 12, "message": ...}
 
-The driver calls `configure`; workers get `setup_worker` as Ray's process hook, so no pool imports this module. A line
-says which policy it is about with `extra={"policy_version": n}`, or the process does once and for all with
-`set_policy_version`. Secrets of the environment never reach a line, and a full disk costs lines, not the run.
+The driver calls `configure`; workers get `setup_worker` as Ray's process hook, so no pool imports this module: their
+environment says who they are, also when that changes (a learner rank learns its RANK late, a rollout actor serves one
+policy after the other). A line says which policy it is about with `extra={"policy_version": n}`, or the driver does for
+all of its lines with `set_policy_version`. Secrets of the environment never reach a line, and a full disk
+costs lines, not the run.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from orchestration.redaction import SECRET_NAME, redact_text
 
 POOL_VARIABLE = "SOFTGRPO_POOL"
 RANK_VARIABLE = "SOFTGRPO_RANK"
+VERSION_VARIABLE = "SOFTGRPO_POLICY_VERSION"
 FORMAT_VARIABLE = "SOFTGRPO_LOG_FORMAT"
 """`text` or `json`; otherwise Ray's own RAY_LOGGING_CONFIG_ENCODING decides."""
 QUIET = {
@@ -35,13 +38,10 @@ QUIET = {
 }
 STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "policy_version", "taskName"}
 
-_policy_version: int | None = None
-
 
 def set_policy_version(version: int) -> None:
     """The policy that this process works with from now on."""
-    global _policy_version
-    _policy_version = version
+    os.environ[VERSION_VARIABLE] = str(version)
 
 
 def configure(pool: str, rank: str | int | None = None, *, stream: TextIO | None = None) -> None:
@@ -60,7 +60,7 @@ def configure(pool: str, rank: str | int | None = None, *, stream: TextIO | None
 
 def setup_worker() -> None:
     """Ray's `worker_process_setup_hook`: pool and rank come from the actor's environment."""
-    configure(os.environ.get(POOL_VARIABLE, "worker"), os.environ.get(RANK_VARIABLE) or os.environ.get("RANK"))
+    configure(os.environ.get(POOL_VARIABLE, "worker"))
 
 
 @contextmanager
@@ -103,14 +103,21 @@ class ContextFormatter(logging.Formatter):
     def __init__(self, pool: str, rank: str | None, environment: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.pool = pool
-        self.rank = rank
+        self._rank = rank
         environment = os.environ if environment is None else environment
         self._secrets = {name: value for name, value in environment.items() if SECRET_NAME.search(name)}
+
+    @property
+    def rank(self) -> str | None:
+        """Which member of its pool this is."""
+        return self._rank or os.environ.get(RANK_VARIABLE) or os.environ.get("RANK")
 
     def version_of(self, record: logging.LogRecord) -> int | None:
         """The policy version of a line."""
         version: int | None = getattr(record, "policy_version", None)
-        return _policy_version if version is None else version
+        if version is None and (text := os.environ.get(VERSION_VARIABLE)):
+            return int(text)
+        return version
 
     def text_of(self, record: logging.LogRecord) -> str:
         """Message and traceback without secrets."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from learner.spec import LearnerSpec
 from orchestration.config import Config
-from orchestration.logs import POOL_VARIABLE
+from orchestration.logs import POOL_VARIABLE, RANK_VARIABLE
 from orchestration.validate import Resolved
 from reward.actor import VerifierSpec
 from rollout.engine import EngineSpec, engine_environment
@@ -66,6 +66,12 @@ def make_plan(resolved: Resolved, initial_version: int, labelled: frozenset[str]
             "runtime_env": {"env_vars": {**source_path(), POOL_VARIABLE: "verifier", **_threads(1)}},
         },
     )
+
+
+def as_member(options: dict[str, Any], index: int) -> dict[str, Any]:
+    """Ray options of one pool member: its log lines carry its index."""
+    environment = {**options["runtime_env"]["env_vars"], RANK_VARIABLE: str(index)}
+    return {**options, "runtime_env": {**options["runtime_env"], "env_vars": environment}}
 
 
 def engine_gpus(config: Config) -> float:

@@ -24,7 +24,7 @@ def untouched_root() -> Iterator[None]:
     handlers, level = root.handlers[:], root.level
     yield
     root.handlers[:], root.level = handlers, level
-    logs._policy_version = None
+    os.environ.pop(logs.VERSION_VARIABLE, None)
 
 
 def lines_of(pool: str, rank: int | None, monkeypatch: pytest.MonkeyPatch, fmt: str = "text") -> io.StringIO:
@@ -130,10 +130,17 @@ def test_the_log_is_copied_into_the_run_directory(tmp_path: Path, monkeypatch: p
 
 
 def test_a_worker_learns_who_it_is_from_its_environment() -> None:
-    code = "import logging\nfrom orchestration.logs import setup_worker\nsetup_worker()\nlogging.info('here')"
-    environment = {**os.environ, logs.POOL_VARIABLE: "learner", "RANK": "3", "PYTHONPATH": str(ROOT)}
+    """Also what it learns later: a learner's rank when its process group forms, the policy that an engine serves."""
+    code = """
+import logging, os
+from orchestration.logs import setup_worker
+setup_worker()
+os.environ |= {"RANK": "3", "SOFTGRPO_POLICY_VERSION": "7"}
+logging.info("here")
+"""
+    environment = {**os.environ, logs.POOL_VARIABLE: "learner", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stderr.strip().endswith("I learner[3] root: here")
+    assert done.stderr.strip().endswith("I learner[3] v7 root: here")
 
 
 @pytest.mark.slow
