@@ -59,23 +59,30 @@ def measure(legs: Legs) -> Row:
     """The run with its legs, the gate, the ratio."""
     with tempfile.TemporaryDirectory(prefix="softgrpo-goodput-") as folder:
         disturbed = _start(Path(folder))
-        disturbed.wait_for_step(WARM_UP_STEPS)
-        borders = [time.time()]
-        _let_run(disturbed, legs.undisturbed_s)
-        borders.append(time.time())
-        kills = []
-        for victim in itertools.islice(itertools.cycle(VICTIMS), legs.kills):
-            kills.append(Kill(victim, time.time()))
-            hit(disturbed, victim)
-            _let_run(disturbed, legs.kill_every_s)
-        borders.append(time.time())
-        _let_run(disturbed, legs.undisturbed_s)
-        borders.append(time.time())
-        disturbed.process.send_signal(signal.SIGTERM)
+        try:
+            borders, kills = _disturb(disturbed, legs)
+        finally:
+            if disturbed.process.poll() is None:
+                disturbed.process.send_signal(signal.SIGTERM)
         assert disturbed.wait(60) == 75, disturbed.tail()
-        lines = disturbed.metrics()
         _check(disturbed, kills)
-    return _row(legs, lines, borders, kills)
+        return _row(legs, disturbed.metrics(), borders, kills)
+
+
+def _disturb(running: Run, legs: Legs) -> tuple[list[float], list[Kill]]:
+    """All legs: their four borders in wall-clock seconds, and the kills."""
+    running.wait_for_step(WARM_UP_STEPS)
+    borders = [time.time()]
+    _let_run(running, legs.undisturbed_s)
+    borders.append(time.time())
+    kills = []
+    for victim in itertools.islice(itertools.cycle(VICTIMS), legs.kills):
+        kills.append(Kill(victim, time.time()))
+        hit(running, victim)
+        _let_run(running, legs.kill_every_s)
+    borders.append(time.time())
+    _let_run(running, legs.undisturbed_s)
+    return [*borders, time.time()], kills
 
 
 def _start(folder: Path) -> Run:
