@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from orchestration.arguments import positive
 from orchestration.config import Config, ConfigError, load_config, parse_config
 from orchestration.dataset import dataset_digest
 from orchestration.evaluate import EvaluationSettings, FinishedCall, Pools, evaluation_requests, run_calls
@@ -186,13 +187,6 @@ def _temperatures(text: str) -> list[float]:
     return [float(value) for value in values]
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="softgrpo evaluate", description="Evaluate a checkpoint on benchmarks, or compare two results."
@@ -203,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         "--benchmark", action="append", default=[], metavar="[NAME=]FILE", help="not the recipe's data.evaluation"
     )
     parser.add_argument("--arms", default="soft,discrete", help=f"of {', '.join(ARM_NAMES)} (default soft,discrete)")
-    parser.add_argument("--samples", type=_positive, default=16, help="responses per question (default 16)")
+    parser.add_argument("--samples", type=positive, default=16, help="responses per question (default 16)")
     parser.add_argument(
         "--decoding", choices=("matched", "own"), default="matched", help="the same settings for all arms (default)"
     )

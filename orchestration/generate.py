@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from orchestration import machine
+from orchestration.arguments import positive
 from orchestration.config import Config, ConfigError, apply_override, load_config, parse_config
 from orchestration.model_facts import read_model_facts
 from orchestration.plan import engine_spec
@@ -247,13 +248,6 @@ def _output(path: Path | None) -> Any:
     return output
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="softgrpo generate", description="Answer prompts with a model.")
     parser.add_argument("--model", metavar="DIR", help="checkpoint directory or cached hub name")
@@ -262,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", type=Path, metavar="FILE", help="JSONL, or text with one prompt per line")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL of answers (default: standard output)")
     parser.add_argument("--thinking", choices=("soft", "discrete"), default="soft")
-    parser.add_argument("--samples", type=_positive, default=1, help="answers per prompt (default 1)")
+    parser.add_argument("--samples", type=positive, default=1, help="answers per prompt (default 1)")
     parser.add_argument("--trace", action="store_true", help="add every position, soft ones with their candidates")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in sampling.temperature=0.6 seed=1")
     return parser

@@ -69,10 +69,12 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Path:
-    """Write the model of `tiny_model_dir`; small weights, because soft feedback amplifies fp32 noise otherwise."""
+    """Write the model of `tiny_model_dir`."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from tests.tiny_models import spread_weights, tiny_llama
 
     special = ["<pad>", "<bos>", "<eos>", "<think>", "</think>", "<unk>"]
     vocabulary = {token: i for i, token in enumerate([*special, *(f"w{i}" for i in range(64 - len(special)))])}
@@ -86,25 +88,9 @@ def build_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Pa
         "{% if add_generation_prompt %}<think>{% endif %}"
     )
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,  # the smallest that attention on a CPU supports in vLLM
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=tied,
-    )
-    model = LlamaForCausalLM(config).to(torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, 0.3 if "embed" in name or "lm_head" in name else 0.06)
+    # Heads of 32 are the smallest that attention on a CPU supports in vLLM.
+    model = LlamaForCausalLM(tiny_llama(head_dim=32, tie_word_embeddings=tied)).to(torch.float32)
+    spread_weights(model)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

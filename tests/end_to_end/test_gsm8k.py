@@ -16,7 +16,9 @@ def build_model(directory: Path, texts: list[str]) -> None:
     """A random Qwen2 with a byte-level tokenizer trained on the questions; it has no `</think>`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+    from tests.tiny_models import tiny_qwen2
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -32,15 +34,10 @@ def build_model(directory: Path, texts: list[str]) -> None:
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     torch.manual_seed(0)
-    config = Qwen2Config(
+    config = tiny_qwen2(
         vocab_size=core.get_vocab_size(),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         max_position_embeddings=1024,
-        tie_word_embeddings=False,
+        bos_token_id=None,
         eos_token_id=core.token_to_id("<|im_end|>"),
     )
     Qwen2ForCausalLM(config).save_pretrained(directory)

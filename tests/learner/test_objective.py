@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from learner.aggregation import AGGREGATIONS, sequence_weights
 from learner.attention import attention_inputs, use_packed_attention
@@ -20,6 +20,7 @@ from learner.objective import ObjectiveSettings, objective, score_positions
 from learner.packing import ReplayBatch, ScoredLogits, plan_packs
 from rollout.trajectory import Kind
 from tests.learner.sequences import VOCABULARY, Replayed, pack, random_sequences
+from tests.tiny_models import tiny_llama
 
 LENGTHS = [7, 12, 2, 19, 5, 9]
 LIKELIHOODS = ["reference", "gumbel", "concrete", "censored", "argmax", "none"]
@@ -27,16 +28,7 @@ LIKELIHOODS = ["reference", "gumbel", "concrete", "censored", "argmax", "none"]
 
 def tiny_model(dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
+    config = tiny_llama(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, tie_word_embeddings=True)
     model = LlamaForCausalLM(config).to(dtype)
     with torch.no_grad():
         model.get_input_embeddings().weight.normal_(0, 0.5)

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaModel
 
 from learner.attention import PACKED_ATTENTION, attention_inputs, packed_attention, use_packed_attention
 from learner.packing import packed_positions, plan_packs, sequence_cost
+from tests.tiny_models import tiny_llama
 
 
 @settings(max_examples=200, deadline=None)
@@ -67,18 +68,7 @@ def test_positions_and_boundaries() -> None:
 
 def tiny_body(dtype: torch.dtype, **options: object) -> LlamaModel:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=41,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        attn_implementation="sdpa",
-        **options,
-    )
-    return LlamaModel(config).to(dtype)
+    return LlamaModel(tiny_llama(attn_implementation="sdpa", **options)).to(dtype)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -22,29 +22,19 @@ pytestmark = pytest.mark.slow
 
 def build_qwen2(directory: Path, *, tied: bool, kv_heads: int = 1) -> Path:
     """A tiny Qwen2 layout (biases in the attention projections) with the tokenizer of the tiny Llama."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
+
+    from tests.tiny_models import spread_weights, tiny_qwen2
 
     build_tiny_model(directory)
     torch.manual_seed(1)
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=tied,
-    )
+    config = tiny_qwen2(num_key_value_heads=kv_heads, tie_word_embeddings=tied)
     model = Qwen2ForCausalLM(config).to(torch.float32)
+    spread_weights(model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(0, 0.3 if "embed" in name or "lm_head" in name else 0.06)
-            if "norm" in name:
-                parameter.add_(1.0)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases and norms, so that none of them is neutral
+                parameter.add_(0.06 * torch.randn_like(parameter))
     model.save_pretrained(directory)
     return directory
 
