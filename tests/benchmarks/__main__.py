@@ -11,6 +11,7 @@ import json
 import os
 import pkgutil
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,11 +44,12 @@ def main() -> int:
         names = {name for name in wanted if name.split("/")[0] == benchmark}
         if names:
             module = importlib.import_module(f"tests.benchmarks.{benchmark}")
-            before = len(rows)
+            before, started = len(rows), time.monotonic()
             rows += module.run(None if benchmark in names else names)
             for row in rows[before:]:
                 verdict, sign = "ok  " if row.ok else "MISS", "<=" if row.at_most else ">="
                 print(f"{verdict} {row.name}: {row.ratio:.3g} (target {sign} {row.target:g}) {row.detail}")
+            print(f"{benchmark}: {(time.monotonic() - started) / 60:.1f} minutes")
             if arguments.json:
                 listing = [{**asdict(row), "ok": row.ok} for row in rows]
                 arguments.json.write_text(json.dumps(listing, indent=2), encoding="utf-8")

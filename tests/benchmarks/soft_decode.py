@@ -3,6 +3,7 @@
 `k*/b*`: the same model in two engines of one process, soft requests in ours (thinking all the time, whole payload
 recorded), discrete requests in stock vLLM (stock architecture, scheduler and front end; same runner, kernels and
 threads). Legs alternate A-B-A-B; the ratio is the median over pairs, so that a busy machine slows both.
+`discrete/b32`: discrete requests in ours, each token's log-probability recorded, against the same stock engine.
 `loop_*`: our engine against a transformers loop with a KV cache that draws with the same sampler.
 
 BENCH_SECONDS (10) is the length of a leg, BENCH_PAIRS (7) their number.
@@ -14,12 +15,13 @@ import itertools
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,18 +40,27 @@ PROMPT = tuple(range(10, 26))
 NEW_TOKENS = 64
 MAX_LENGTH = 512
 TARGETS = {1: 0.90, 32: 0.95, 128: 0.95}
+SOFT_ROWS = {f"soft_decode/k{k}/b{batch}": (k, batch) for k in (5, 10) for batch in TARGETS}
+DISCRETE_ROW, DISCRETE_BATCH = "soft_decode/discrete/b32", 32
+LOOP_ROWS = {"soft_decode/loop_equal", "soft_decode/loop_lognormal"}
 LOOP_BATCH = 64
 
 _numbers = itertools.count()
 
 
 def run(names: set[str] | None) -> list[Row]:
-    """All rows, or those asked for."""
+    """All rows, or those asked for. Raises `ValueError` for a row that does not exist."""
+    known = {*SOFT_ROWS, DISCRETE_ROW, *LOOP_ROWS}
+    if names is not None and not names <= known:
+        raise ValueError(f"{', '.join(sorted(names - known))}: not among {', '.join(sorted(known))}")
+    wanted = known if names is None else names
+    legs = 2 * PAIRS * len(wanted - {"soft_decode/loop_lognormal"})
+    print(f"soft_decode: {len(wanted)} rows, at least {legs * SECONDS / 60:.0f} minutes", file=sys.stderr, flush=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         model = build_model(Path(directory))
-        return [*engine_rows(model, names), *loop_rows(model, names)]
+        return [*engine_rows(model, wanted), *loop_rows(model, wanted)]
 
 
 def build_model(directory: Path) -> Path:
@@ -96,19 +107,28 @@ def spec_for(model: Path, num_candidates: int) -> EngineSpec:
 # --- against the stock engine ---------------------------------------------------------------------------------------
 
 
-def engine_rows(model: Path, names: set[str] | None) -> list[Row]:
-    """Soft over discrete, at K = 5 and 10 and three batch sizes."""
-    wanted = [(k, b) for k in (5, 10) for b in TARGETS if names is None or f"soft_decode/k{k}/b{b}" in names]
-    if not wanted:
+def engine_rows(model: Path, names: set[str]) -> list[Row]:
+    """Soft over discrete, at K = 5 and 10 and three batch sizes; discrete in our engine over discrete in the stock."""
+    wanted = [case for name, case in SOFT_ROWS.items() if name in names]
+    if not wanted and DISCRETE_ROW not in names:
         return []
-    engines = {k: SoftEngine(spec_for(model, k)) for k in sorted({k for k, _ in wanted})}
+    engines = {k: SoftEngine(spec_for(model, k)) for k in sorted({k for k, _ in wanted} or {5})}
     gates = {k: check_against_naive_loop(engine, model) for k, engine in engines.items()}
     stock = stock_engine(model)
-    return [engine_row(engines[k], stock, k, batch, gates[k]) for k, batch in wanted]
+    rows = [engine_row(engines[k], stock, k, batch, gates[k]) for k, batch in wanted]
+    if DISCRETE_ROW in names:
+        engine = next(iter(engines.values()))
+        pairs = interleaved(
+            lambda: our_round(engine, DISCRETE_BATCH, thinking="discrete"), lambda: stock_round(stock, DISCRETE_BATCH)
+        )
+        ratio, measured = ratios(pairs)
+        detail = f"{measured}; legs of {SECONDS:g} s; one more pass over the logits per token for its log-probability"
+        rows.append(Row(DISCRETE_ROW, ratio, TARGETS[DISCRETE_BATCH], detail))
+    return rows
 
 
 def engine_row(engine: SoftEngine, stock: Any, num_candidates: int, batch: int, gate: str) -> Row:
-    pairs = interleaved(lambda: soft_round(engine, batch), lambda: stock_round(stock, batch))
+    pairs = interleaved(lambda: our_round(engine, batch), lambda: stock_round(stock, batch))
     ratio, measured = ratios(pairs)
     # What cannot be avoided per token: one pass over the logits and a mixture of K rows.
     extra = VOCABULARY + 2 * num_candidates * HIDDEN
@@ -140,12 +160,17 @@ def stock_engine(model: Path) -> Any:
     return LLMEngine.from_engine_args(arguments)
 
 
-def soft_round(engine: SoftEngine, batch: int, lengths: Sequence[int] | None = None) -> int:
+def our_round(
+    engine: SoftEngine,
+    batch: int,
+    lengths: Sequence[int] | None = None,
+    thinking: Literal["soft", "discrete"] = "soft",
+) -> int:
     """Generate one batch; returns its number of tokens."""
     for length in lengths or [NEW_TOKENS] * batch:
         number = next(_numbers)
         settings = RequestSettings(max_new_tokens=length, thinking_budget=length)
-        engine.add(RolloutRequest(f"{number}", "g", "p", 0, number, PROMPT), settings=settings)
+        engine.add(RolloutRequest(f"{number}", "g", "p", 0, number, PROMPT, thinking), settings=settings)
     tokens = 0
     while engine.num_unfinished:
         tokens += sum(len(trajectory.response_ids) for trajectory in engine.step())
@@ -233,11 +258,9 @@ def check_against_naive_loop(engine: SoftEngine, model: Path) -> str:
 # --- against a transformers loop ------------------------------------------------------------------------------------
 
 
-def loop_rows(model: Path, names: set[str] | None) -> list[Row]:
+def loop_rows(model: Path, names: set[str]) -> list[Row]:
     """Equal lengths, where batching is free for the loop, and log-normal ones, where it is not."""
-    wanted = {"soft_decode/loop_equal", "soft_decode/loop_lognormal"} & (
-        names if names is not None else {"soft_decode/loop_equal", "soft_decode/loop_lognormal"}
-    )
+    wanted = LOOP_ROWS & names
     if not wanted:
         return []
     from tests.rollout.conftest import reference_model
@@ -247,7 +270,7 @@ def loop_rows(model: Path, names: set[str] | None) -> list[Row]:
     if "soft_decode/loop_equal" in wanted:
         lengths = [NEW_TOKENS] * LOOP_BATCH
         ratio, measured = ratios(
-            interleaved(lambda: soft_round(engine, LOOP_BATCH), lambda: transformers_round(reference, lengths))
+            interleaved(lambda: our_round(engine, LOOP_BATCH), lambda: transformers_round(reference, lengths))
         )
         rows.append(
             Row("soft_decode/loop_equal", ratio, 1.0, f"batch {LOOP_BATCH}, {NEW_TOKENS} tokens each; {measured}")
@@ -258,7 +281,7 @@ def loop_rows(model: Path, names: set[str] | None) -> list[Row]:
         static = sum(max(lengths[i : i + LOOP_BATCH]) * LOOP_BATCH for i in range(0, len(lengths), LOOP_BATCH))
         ratio, measured = ratios(
             interleaved(
-                lambda: soft_round(engine, 0, lengths),
+                lambda: our_round(engine, 0, lengths),
                 lambda: static_batches(reference, lengths),
                 pairs=max(2, PAIRS // 2),
                 seconds=0.0,
