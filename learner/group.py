@@ -20,6 +20,7 @@ from typing import Any
 from learner.actor import LearnerRank
 from learner.collapse_watch import CollapseWatch
 from learner.spec import BatchesLost, LearnerError, LearnerSpec, PublishedWeights, Refused, ReplayError, ScoredGroup
+from rollout.full_store import PAUSE_S, StoreFull, is_store_full, store_full
 from rollout.transport import WeightChain
 
 __all__ = ["LearnerError", "LearnerGroup", "LearnerSpec", "PublishedWeights", "ReplayError", "ScoredGroup"]
@@ -87,8 +88,22 @@ class LearnerGroup:
         return {**metrics[0], "objective/collapse_warning": float(warning is not None)}
 
     async def publish(self, version: int) -> PublishedWeights:
-        """The current weights, labelled `version`, as objects owned by the caller: they survive the learner."""
+        """The current weights, labelled `version`, as objects owned by the caller: they survive the learner.
+
+        Raises `StoreFull`, and ends the group, where the object store had no room for them all the time.
+        """
         deadline = self._deadline(self.spec.sync_timeout_s)
+        while True:
+            try:
+                return await self._publish_once(version, deadline)
+            except StoreFull as error:
+                if time.monotonic() + PAUSE_S > deadline:
+                    self.kill()
+                    raise
+                logger.warning("%s (trying again)", error)
+                await asyncio.sleep(PAUSE_S)
+
+    async def _publish_once(self, version: int, deadline: float) -> PublishedWeights:
         first, *others = self._started()
         streamed = first.publish.options(num_returns="streaming").remote(version)
         drained = [rank.publish.options(num_returns="streaming").remote(version) for rank in others]
@@ -157,6 +172,8 @@ class LearnerGroup:
             refused = [_cause(error) for error in errors.values()]
             if all(isinstance(cause, Refused) for cause in refused):
                 raise refused[0]
+        if errors and not late and all(is_store_full(error) for error in errors.values() if error):
+            raise await store_full(f"learner, phase {phase}", self._ranks[0])
         self.kill()
         waited = time.monotonic() - started
         raise LearnerError(_describe(phase, self.generation, errors, late, waited)) from _worst(errors)

@@ -37,6 +37,7 @@ from orchestration.run_state import RunDirectory, RunState
 from orchestration.slots import Phase, Slots
 from orchestration.step_metrics import FinishedGroup, StepMetrics
 from orchestration.watchdog import waiting_for
+from rollout.full_store import PAUSE_S, StoreFull
 from rollout.request import GroupSummary, RolloutRequest, sample_seed
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ class Controller:
         self._setbacks = 0
         """Since the last finished step."""
         self._committed_step = self.step
+        self._no_room_since: float | None = None
+        """When a batch found no room in the object store, if no step was finished since."""
         self._unwritten_checkpoints = 0
         """Since the last one that was written."""
         self._metrics = StepMetrics()
@@ -220,6 +223,10 @@ class Controller:
             logger.warning("group %s is generated again: %s", group_id, loss)
             self.slots.requeue(group_id)
             self._reissue(group_id)
+        except StoreFull as full:
+            await self._hold_back(full)
+            self.slots.requeue(group_id)
+            self._reissue(group_id)
         except GroupFailed as failure:
             logger.error("group %s failed: %s", group_id, failure)
             self.slots.fail(group_id, "generation or grading")
@@ -230,6 +237,17 @@ class Controller:
         finally:
             self._verifying.discard(group_id)
         self._changed.set()
+
+    async def _hold_back(self, full: StoreFull) -> None:
+        """No room for a batch: its slot stays taken for a while, so that less is in flight until some was trained."""
+        now = _now()
+        if self._no_room_since is None:
+            self._no_room_since = now
+        if now - self._no_room_since > self.config.pipeline.sync_timeout_s:
+            raise RunError(f"no step in {now - self._no_room_since:.0f} s for lack of room: {full}") from full
+        logger.warning("%s (generated again)", full)
+        self._metrics.add("failures/no_room", 1)
+        await asyncio.sleep(PAUSE_S)
 
     def _requests(self, visit: Visit) -> list[RolloutRequest]:
         prompt_ids, sampling = self.parts.prompt_ids(visit), self.config.sampling
@@ -309,6 +327,7 @@ class Controller:
         await self._publish(version + 1)
         self.step += 1
         self._setbacks = 0
+        self._no_room_since = None
         metrics, self._metrics = self._metrics, StepMetrics()
         for group, age in zip(finished, ages, strict=True):
             metrics.observe(group, age)

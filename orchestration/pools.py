@@ -27,6 +27,7 @@ from orchestration.failures import (
     one_line,
     within,
 )
+from rollout.full_store import is_store_full, store_full
 
 if TYPE_CHECKING:
     from reward.verdict import Grade
@@ -156,12 +157,15 @@ class ActorPool:
     async def call(self, member: Member, refs: Sequence[Any], deadline_s: float, what: str) -> list[Any]:
         """Await all refs of one actor call.
 
-        Raises `ActorLost` (and replaces the member), `InputLost` (the argument's fault alone) or `GroupFailed`.
+        Raises `ActorLost` (and replaces the member), `InputLost` (the argument's fault alone), `StoreFull` (nobody's) or
+        `GroupFailed`.
         """
         try:
             return await within(asyncio.gather(*refs), deadline_s, what)
         except RayTaskError as error:
             cause = error.cause
+            if is_store_full(error):
+                raise await store_full(what, member.actor) from error
             if isinstance(cause, ObjectLostError):
                 raise InputLost(f"{what}: {type(cause).__name__}") from error
             if isinstance(error, ValueError):

@@ -25,6 +25,7 @@ from orchestration.evaluate import EvaluationResult, EvaluationSettings, Pools, 
 from orchestration.failures import GroupFailed
 from orchestration.run_state import RunDirectory, write_atomically
 from orchestration.validate import PromptSet
+from rollout.full_store import StoreFull
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class RunEvaluation:
         with self.directory.holding(step):
             try:
                 await self._evaluate(step)
-            except (GroupFailed, OSError) as failure:  # a full disk costs this evaluation, not the run
+            except (GroupFailed, StoreFull, OSError) as failure:  # a full disk costs this evaluation, not the run
                 logger.error("evaluation of step %d failed: %s", step, failure)
                 self.log({"evaluation/failed": 1}, step)
                 return

@@ -44,6 +44,7 @@ from orchestration.tracking import Tracker
 from orchestration.trajectory_sample import save_sample
 from orchestration.validate import Resolved, validate
 from orchestration.watchdog import Watchdog
+from rollout.full_store import StoreFull
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class TrainingRun:
             if not self.stopping:
                 raise
             status = "KILLED"
-        except (RunError, LearnerError, OSError) as error:
+        except (RunError, LearnerError, StoreFull, OSError) as error:
             logger.error("%s", error, exc_info=isinstance(error, OSError))
             await self._save_what_is_left()
         except ConfigError:

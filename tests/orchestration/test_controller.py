@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from learner.spec import CheckpointNotWritten, LearnerError, NonFiniteGradients
 from orchestration.failures import RunError
 from orchestration.run_state import load_state
+from rollout.full_store import StoreFull
 from tests.orchestration.simulation import Simulation, Timing, simulated_config
 
 
@@ -171,6 +172,35 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoint_before(
         simulation.run()
     newest = simulation.directory.latest_checkpoint()
     assert newest is not None and load_state(newest).step == 2
+
+
+@pytest.mark.parametrize("refusals", [5, 10**6])
+def test_a_full_object_store_slows_the_run_and_ends_it_at_the_deadline(tmp_path: Path, refusals: int) -> None:
+    """Groups whose batch finds no room keep their slot for a while and are generated again."""
+    refused: list[str] = []
+
+    def fill(simulation: Simulation) -> None:
+        generate = simulation.rollout.generate
+
+        async def generate_if_room(room, requests):
+            answer = await generate(room, requests)
+            if simulation.controller.step >= 2 and len(refused) < refusals:
+                refused.append(requests[0].group_id)
+                raise StoreFull("group p: the object store of its node and /spill, which it spills to, are full")
+            return answer
+
+        simulation.rollout.generate = generate_if_room
+
+    config = simulated_config(tmp_path, steps=6, pipeline__sync_timeout_s=100)
+    simulation = Simulation(config, prepare=fill)
+    if refusals > 5:
+        with pytest.raises(RunError, match=r"no step in 1\d\d s for lack of room: group p: .*/spill"):
+            simulation.run()
+        assert len(refused) < 12 * 100, "refused groups wait before they are generated again"
+        return
+    simulation.run()
+    assert simulation.controller.slots.counts["requeued"] == 5
+    assert len(simulation.learner.trained) == len(set(simulation.learner.trained)) == 24
 
 
 def full_disk(after_step: int, lasts: int) -> Callable[[Simulation], None]:

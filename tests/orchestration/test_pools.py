@@ -6,11 +6,12 @@ import asyncio
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, ObjectReconstructionFailedError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectReconstructionFailedError, OutOfDiskError, RayTaskError
 
 from orchestration import pools
 from orchestration.failures import ActorLost, GroupFailed, InputLost, PoolExhausted
 from orchestration.pools import ActorPool
+from rollout.full_store import StoreFull
 from tests.orchestration.test_retiring import fake_actor
 
 
@@ -25,6 +26,7 @@ def task_error(cause: Exception) -> BaseException:
         (ActorDiedError(), ActorLost, 1),
         (task_error(RuntimeError("broken engine")), ActorLost, 1),
         (task_error(ObjectReconstructionFailedError("00" * 28, "address", "site")), InputLost, 0),
+        (task_error(OutOfDiskError("Local disk is full")), StoreFull, 0),
         (task_error(ValueError("prompt too long")), GroupFailed, 0),
     ],
 )

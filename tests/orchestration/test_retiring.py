@@ -16,7 +16,11 @@ def fake_actor(index: int) -> Any:
     async def answer() -> dict[str, int]:
         return {"progress": 0}
 
-    return SimpleNamespace(ready=SimpleNamespace(remote=answer), stats=SimpleNamespace(remote=answer), index=index)
+    async def run(function: Any) -> str:
+        return f"{function.__name__} of node {index}"
+
+    methods = {"ready": answer, "stats": answer, "__ray_call__": run}
+    return SimpleNamespace(index=index, **{name: SimpleNamespace(remote=method) for name, method in methods.items()})
 
 
 @pytest.fixture
