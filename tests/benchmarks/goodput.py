@@ -26,7 +26,8 @@ ACTORS = 2
 """Of each pool of actors."""
 CHECKPOINT_EVERY = 50
 """The default: a few seconds of these steps, near the square root of 2 x (cost of one) x (time between deaths)."""
-VICTIMS = ("ray::RolloutActor", "ray::VerifierActor", "ray::LearnerRank")
+POOLS = {"ray::RolloutActor": "rollout", "ray::VerifierActor": "verifier", "ray::LearnerRank": "learner"}
+"""Who is killed, in turn, and what its metrics are called."""
 WARM_UP_STEPS = 20
 
 
@@ -76,7 +77,7 @@ def _disturb(running: Run, legs: Legs) -> tuple[list[float], list[Kill]]:
     _let_run(running, legs.undisturbed_s)
     borders.append(time.time())
     kills = []
-    for victim in itertools.islice(itertools.cycle(VICTIMS), legs.kills):
+    for victim in itertools.islice(itertools.cycle(POOLS), legs.kills):
         kills.append(Kill(victim, time.time()))
         hit(running, victim)
         _let_run(running, legs.kill_every_s)
@@ -111,9 +112,10 @@ def _check(stopped: Run, kills: list[Kill]) -> None:
     deaths = [kill.victim for kill in kills]
     repeated = len(lines) - len({line["step"] for line in lines})
     assert repeated <= CHECKPOINT_EVERY * deaths.count("ray::LearnerRank"), f"{repeated} steps were repeated"
-    for pool in ("rollout", "verifier"):
-        expected = deaths.count(f"ray::{pool.capitalize()}Actor")
-        assert lines[-1].get(f"failures/{pool}_restarts", 0) == expected, f"{pool}: not one restart per kill"
+    for victim, pool in POOLS.items():
+        assert lines[-1].get(f"failures/{pool}_restarts", 0) == deaths.count(victim), (
+            f"{pool}: not one restart per kill"
+        )
 
 
 def _row(legs: Legs, lines: list[dict[str, Any]], borders: list[float], kills: list[Kill]) -> Row:
@@ -126,7 +128,7 @@ def _row(legs: Legs, lines: list[dict[str, Any]], borders: list[float], kills: l
     undisturbed = (before + after) / 2
     lost, whole = defaultdict(list), defaultdict(list)
     for kill, end in zip(kills, [*(kill.at for kill in kills[1:]), borders[2]], strict=True):
-        name = kill.victim.removeprefix("ray::")
+        name = POOLS[kill.victim]
         lost[name].append((end - kill.at) * (1 - rate(kill.at, end) / undisturbed))
         whole[name].append(_recovered(kill, lines) - kill.at)
     recoveries = "; ".join(
@@ -143,23 +145,15 @@ def _row(legs: Legs, lines: list[dict[str, Any]], borders: list[float], kills: l
 
 
 def _recovered(kill: Kill, lines: list[dict[str, Any]]) -> float:
-    """When the pool was whole again; for the learner, when the first step after the kill was done."""
-    after = [line for line in lines if line["time"] > kill.at]
-    if kill.victim == "ray::LearnerRank":
-        return float(next(line["time"] for line in after if line.get("failures/learner_restarts")))
-    pool = "rollout" if "Rollout" in kill.victim else "verifier"
-    deaths = max(
-        (
-            line[f"failures/{pool}_restarts"]
-            for line in lines
-            if line["time"] <= kill.at and f"failures/{pool}_restarts" in line
-        ),
-        default=0,
-    )
+    """When a step first ended with the dead one replaced; a pool must be whole, the learner trains only when it is."""
+    name = POOLS[kill.victim]
+    before = [line.get(f"failures/{name}_restarts", 0) for line in lines if line["time"] <= kill.at]
     return float(
         next(
             line["time"]
-            for line in after
-            if line.get(f"failures/{pool}_restarts", 0) > deaths and line[f"pool/{pool}_actors"] == ACTORS
+            for line in lines
+            if line["time"] > kill.at
+            and line.get(f"failures/{name}_restarts", 0) > before[-1]
+            and line.get(f"pool/{name}_actors", ACTORS) == ACTORS
         )
     )
