@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learner.spec import LearnerError, LearnerSpec, ScoredGroup
+from rollout.nccl_transfer import NcclGroup, NcclSender, TransferError
 from rollout.transport import Link, Sender, make_sender
 
 if TYPE_CHECKING:
     import numpy as np
 
     from learner.trainer import Trainer
+    from rollout.weights import WeightManifest
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class LearnerRank:
         self._groups: list[ScoredGroup] = []
         """Fetched for the next step."""
         self._sender: Sender = make_sender(spec.transport, max_shard_bytes=spec.shard_bytes)
+        self._broadcaster: NcclSender | None = None
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port of this rank's node, for the process group of one generation."""
@@ -101,6 +104,30 @@ class LearnerRank:
             return
         # A part is valid until the next one is asked for; by then Ray has put it into the object store.
         yield from self._sender.send(version, weights)
+
+    def broadcast(self, manifest: WeightManifest, group: NcclGroup) -> None:
+        """Send the version published last to the engines of `group`; collective, only rank 0 sends."""
+        weights = self.trainer.weights()
+        try:
+            if self.rank == 0:
+                self._joined(group).send(manifest, weights)
+        except TransferError:
+            self._leave()
+            raise
+        finally:
+            for _ in weights:  # the other ranks gather with this one, whatever became of the transfer
+                pass
+
+    def _joined(self, group: NcclGroup) -> NcclSender:
+        if self._broadcaster is None or self._broadcaster.group != group:
+            self._leave()
+            self._broadcaster = NcclSender(group)
+        return self._broadcaster
+
+    def _leave(self) -> None:
+        if self._broadcaster is not None:
+            self._broadcaster.close()
+            self._broadcaster = None
 
     def save(self, directory: str) -> None:
         """Write this rank's part of the resumable state into `directory`; collective."""

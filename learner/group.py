@@ -21,7 +21,9 @@ from learner.actor import LearnerRank
 from learner.collapse_watch import CollapseWatch
 from learner.spec import BatchesLost, LearnerError, LearnerSpec, PublishedWeights, Refused, ReplayError, ScoredGroup
 from rollout.full_store import PAUSE_S, StoreFull, is_store_full, store_full
+from rollout.nccl_transfer import CONNECT_DEADLINE_S, NcclGroup, TransferError
 from rollout.transport import WeightChain
+from rollout.weights import WeightManifest
 
 __all__ = ["LearnerError", "LearnerGroup", "LearnerSpec", "PublishedWeights", "ReplayError", "ScoredGroup"]
 
@@ -114,6 +116,20 @@ class LearnerGroup:
         self._chain.add(link, parts)
         return PublishedWeights(link.manifest, tuple(self._chain.references), tuple(self._chain.links))
 
+    async def broadcast(self, manifest: WeightManifest, group: NcclGroup) -> None:
+        """Send the version published last to the engines of `group`, which receive it meanwhile.
+
+        Raises `TransferError` (the group stays alive) when they did not.
+        """
+        calls = [rank.broadcast.remote(manifest, group) for rank in self._started()]
+        await self._collect("broadcast", calls, self._deadline(CONNECT_DEADLINE_S + 2 * group.deadline_s))
+
+    async def endpoint(self) -> tuple[str, int]:
+        """Address and a free port of the first rank's node."""
+        calls = [self._started()[0].rendezvous.remote()]
+        address: tuple[str, int] = (await self._collect("rendezvous", calls, self._deadline(CONNECT_DEADLINE_S)))[0]
+        return address
+
     async def save(self, directory: Path) -> None:
         """Write the resumable state into a directory; it is synced to disk when this returns.
 
@@ -174,6 +190,8 @@ class LearnerGroup:
                 raise refused[0]
         if errors and not late and all(is_store_full(error) for error in errors.values() if error):
             raise await store_full(f"learner, phase {phase}", self._ranks[0])
+        if errors and not late and all(isinstance(_cause(error), TransferError) for error in errors.values()):
+            raise _cause(next(iter(errors.values())))
         self.kill()
         waited = time.monotonic() - started
         raise LearnerError(_describe(phase, self.generation, errors, late, waited)) from _worst(errors)

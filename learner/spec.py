@@ -115,7 +115,7 @@ class LearnerSpec:
     censor_delta: float | None = None
     max_candidates: int = 5
 
-    transport: Literal["object_store", "delta"] = "object_store"
+    transport: Literal["object_store", "delta", "nccl"] = "object_store"
     shard_bytes: int = MAX_SHARD_BYTES
     collective_timeout_s: float = 600.0
     startup_timeout_s: float = 600.0

@@ -230,8 +230,9 @@ class PipelineConfig(Section):
 
     max_staleness: Annotated[int, Field(ge=0)] = 2
     """Versions between the oldest token of a trained trajectory and the policy it trains; 0 is synchronous."""
-    transport: Literal["object_store", "delta"] = "object_store"
-    """delta sends only the bytes that changed (lossless; worth it between nodes on a slow network)."""
+    transport: Literal["object_store", "delta", "nccl"] = "object_store"
+    """delta sends only the bytes that changed (lossless; worth it between nodes on a slow network); nccl broadcasts
+    from GPU to GPU besides (learner and rollout actors need whole GPUs)."""
     shard_mb: Annotated[int, Field(ge=1, le=256)] = 256
     sync_timeout_s: Seconds = 600.0
     group_deadline_s: Seconds = 3600.0
@@ -410,6 +411,12 @@ def _impossible_combinations(config: Config) -> list[str]:
         problems.append(
             "tracking.mlflow_uri holds a password, and the configuration is saved with the run: put it into "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    if config.pipeline.transport == "nccl" and min(config.learner.num_gpus, config.rollout.num_gpus) < 1:
+        problems.append(
+            f"pipeline.transport=nccl with learner.num_gpus={config.learner.num_gpus:g} and rollout.num_gpus="
+            f"{config.rollout.num_gpus:g}: NCCL joins whole GPUs, no CPU and no GPU that two actors share; set both to "
+            "at least 1 or transport: object_store"
         )
     if config.rollout.num_gpus and config.rollout.num_gpus < 1 and config.rollout.tensor_parallel_size > 1:
         problems.append(

@@ -67,7 +67,7 @@ class Rollout(Protocol):
 
     def reserve(self, size: int, accepts_version: Callable[[int], bool]) -> Room | None: ...
     async def generate(self, room: Any, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]: ...
-    def publish(self, weights: PublishedWeights) -> None: ...
+    async def publish(self, weights: PublishedWeights) -> None: ...
     def raise_if_broken(self) -> None: ...
 
 
@@ -342,7 +342,7 @@ class Controller:
         for group_id in self.slots.publish(version):
             self._uncommitted.append(self._visits.pop(group_id))
             del self._complete[group_id]
-        self.parts.rollout.publish(weights)
+        await self.parts.rollout.publish(weights)
         self._metrics.add("time/publish_s", _now() - started)
         self._changed.set()
 
@@ -394,7 +394,7 @@ class Controller:
         self._backlog.extend(self._uncommitted)
         self._uncommitted.clear()
         self.step = self._committed_step
-        self.parts.rollout.publish(weights)
+        await self.parts.rollout.publish(weights)
         self._changed.set()
 
     def _reissue(self, group_id: str) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import ray
 
+from learner.group import LearnerGroup
+from orchestration.broadcast import BroadcastPool
 from orchestration.config import Config
 from orchestration.evaluate import MAX_GROUP, TwoPools
 from orchestration.plan import Plan, as_member, make_plan
@@ -25,9 +28,12 @@ logger = logging.getLogger(__name__)
 GROUP_GRADING_SLACK_S = 60.0
 
 
-def make_rollout_pool(config: Config, plan: Plan) -> RolloutPool:
-    """The vLLM actors of a plan, not yet started."""
-    return RolloutPool(
+def make_rollout_pool(config: Config, plan: Plan, learner: LearnerGroup | None = None) -> RolloutPool:
+    """The vLLM actors of a plan, not yet started; `learner` is whose weights they will serve, if anybody's."""
+    pool_class: Callable[..., RolloutPool] = RolloutPool
+    if config.pipeline.transport == "nccl" and learner is not None:
+        pool_class = partial(BroadcastPool, learner, config.rollout.tensor_parallel_size)
+    return pool_class(
         lambda index: _create(RolloutActor, as_member(plan.engine_options, index), plan.engine),
         config.rollout.num_actors,
         request_timeout_s=config.rollout.request_timeout_s,

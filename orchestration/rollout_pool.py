@@ -215,11 +215,12 @@ class RolloutPool(ActorPool):
             except (ActorLost, InputLost):
                 continue
 
-    def publish(self, weights: PublishedWeights) -> None:
+    async def publish(self, weights: PublishedWeights) -> None:
         """Let every member fetch this version while it goes on generating; slow ones skip versions."""
         self._newest = weights
         for member in self.members:
-            if member.ready and member not in self._syncing:
+            if member.ready and member not in self._syncing and member.version < weights.manifest.version:
+                self._syncing.add(member)
                 self._spawn(self._sync(member), f"sync {member.index}")
 
     async def synchronised(self) -> None:

@@ -193,12 +193,12 @@ class TrainingRun:
         """Bring up the three pools at once; a resumed policy reaches the rollout actors before they serve."""
         config = self.config
         self.learner = LearnerGroup(self.plan.learner, await reserve_learner(self.plan))
-        self.rollout = make_rollout_pool(config, self.plan)
+        self.rollout = make_rollout_pool(config, self.plan, self.learner)
         self.verifier = make_verifier_pool(config, self.plan)
         checkpoint = self.checkpoint / "learner" if self.checkpoint else None
         await self.learner.start(checkpoint)
         if self.state is not None:
-            self.rollout.publish(await self.learner.publish(self.state.version))
+            await self.rollout.publish(await self.learner.publish(self.state.version))
         await asyncio.gather(self.rollout.start(), self.verifier.start())
         logger.info(
             "ready after %.0f s: %d rollout, %d verifier actors, %d learner ranks",

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from rollout.engine import EngineError, EngineSpec, RequestError, SoftEngine
+from rollout.nccl_transfer import Broadcast
 from rollout.payload import candidate_entropy
 from rollout.request import GroupSummary, RolloutRequest
 from rollout.trajectory import Kind, Trajectory, pack, unpack
@@ -83,8 +84,8 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def call(self, command: Callable[[SoftEngine], Any]) -> concurrent.futures.Future[Any]:
-        """Run `command(engine)` between two steps."""
+    def call(self, command: Callable[[SoftEngine], Any], *, vital: bool = False) -> concurrent.futures.Future[Any]:
+        """Run `command(engine)` between two steps; if a `vital` one fails, the engine steps no more."""
         future = pending_future()
 
         def run(engine: SoftEngine) -> None:
@@ -92,6 +93,8 @@ class EngineThread:
                 future.set_result(command(engine))
             except Exception as error:  # handed to the caller, who decides
                 future.set_exception(error)
+                if vital:
+                    raise
 
         self._enqueue(Command(run, (future,)))
         return future
@@ -297,6 +300,23 @@ class RolloutActor:
             "fetch_s": fetched - started,
             "pause_s": pause_s,
             "num_bytes": num_bytes,
+        }
+
+    async def receive_weights(self, broadcast: Broadcast) -> dict[str, float]:
+        """Serve the version that the learner broadcasts now; nothing is decoded meanwhile.
+
+        The report is that of `update_weights`. After an exception the engine has failed: it holds a torn version.
+        """
+        manifest = broadcast.manifest
+        async with self._update:
+            started = time.monotonic()
+            await asyncio.wrap_future(self._engine.call(lambda engine: engine.receive_weights(broadcast), vital=True))
+            self._version = manifest.version
+        return {
+            "version": manifest.version,
+            "fetch_s": 0.0,
+            "pause_s": time.monotonic() - started,
+            "num_bytes": sum(manifest.shard_bytes),
         }
 
     async def abort(self, request_ids: Sequence[str]) -> int:

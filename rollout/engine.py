@@ -25,11 +25,13 @@ from rollout.engine_spec import (
     engine_environment,
     resolve_settings,
 )
+from rollout.nccl_transfer import BACKEND
 from rollout.payload import Recording, candidate_entropy
 from rollout.request import RequestSettings, RolloutRequest
 from rollout.trajectory import Kind, Trajectory
 
 if TYPE_CHECKING:
+    from rollout.nccl_transfer import Broadcast
     from rollout.weights import WeightManifest
 
 __all__ = ["EngineError", "EngineSpec", "RequestError", "RequestSettings", "SoftEngine", "engine_environment"]
@@ -109,6 +111,8 @@ class SoftEngine:
         optional: dict[str, Any] = {}
         if spec.block_size is not None:
             optional["block_size"] = spec.block_size
+        if spec.transport == "nccl":
+            optional["weight_transfer_config"] = {"backend": BACKEND}
         settings = {
             "max_candidates": params.max_candidates,
             "max_thinking": spec.thinking_budget,
@@ -298,9 +302,15 @@ class SoftEngine:
         Bytes must have been verified (`rollout.weights.verify_shards`): a torn version is refused before the first
         tensor is touched only by that check.
         """
-        (version, *_) = self._core.collective_rpc("load_policy", args=(manifest, list(shards)))
-        self._scheduler.swap_version(version)
-        self.version = version
+        self._swapped(self._core.collective_rpc("load_policy", args=(manifest, list(shards))))
+
+    def receive_weights(self, broadcast: Broadcast) -> None:
+        """The same with a version that the learner broadcasts now. After an exception this engine must not step."""
+        self._swapped(self._core.collective_rpc("receive_policy", args=(broadcast,)))
+
+    def _swapped(self, versions: Sequence[int]) -> None:
+        self.version = versions[0]
+        self._scheduler.swap_version(self.version)
 
     def stats(self) -> dict[str, float]:
         """Counters for the pool's watchdog and for metrics."""

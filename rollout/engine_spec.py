@@ -5,6 +5,7 @@ The driver builds the `EngineSpec`; the pool sets `engine_environment(spec)` bef
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ class EngineSpec:
     """Nats: the end of thinking is forced after `entropy_stop_steps` soft positions in a row whose candidates have less
     entropy; None never does. (A greedy position has none.)"""
     entropy_stop_steps: int = 16
-    transport: Literal["object_store", "delta"] = "object_store"
+    transport: Literal["object_store", "delta", "nccl"] = "object_store"
     """How weight updates arrive; the learner must send the same way."""
     initial_version: int = 0
     """Policy version of the checkpoint at `model_path`."""
@@ -131,25 +132,32 @@ def _range_problems(spec: EngineSpec, request: RolloutRequest, values: dict[str,
 
     if not prompt_len:
         problems.append("the prompt is empty")
-    if request.seed is None or not 0 <= request.seed <= MAX_SEED:
+    if not isinstance(request.seed, int) or not 0 <= request.seed <= MAX_SEED:
         problems.append(f"seed={request.seed}: needs an integer in [0, 2^63); see rollout.request.sample_seed")
     if prompt_len + new_tokens > spec.max_model_len:
         problems.append(
             f"prompt of {prompt_len} tokens plus max_new_tokens={new_tokens} exceeds max_model_len={spec.max_model_len}"
         )
     need(new_tokens >= 1, "max_new_tokens", "at least 1")
-    need(values["answer_temperature"] >= 0, "answer_temperature", "must be >= 0 (0 is greedy)")
+    need(0 <= values["answer_temperature"] < math.inf, "answer_temperature", "must be >= 0 (0 is greedy)")
     need(0 < values["answer_top_p"] <= 1, "answer_top_p", "must be in (0, 1]")
+    need(values["answer_top_k"] >= -1, "answer_top_k", "at least 1, or -1 for all tokens")
     if request.thinking == "discrete":
         return problems
+    if request.thinking != "soft":
+        problems.append(f"thinking={request.thinking!r}: soft or discrete")
     if spec.end_of_thinking_id is None:
         problems.append("thinking=soft, but the engine has no end_of_thinking_id; set model.end_of_thinking")
     num_columns = spec.soft.get("max_candidates", 5)
     need(1 <= values["thinking_budget"] <= spec.thinking_budget, "thinking_budget", f"1 to {spec.thinking_budget}")
     need(1 <= values["top_k"] <= num_columns, "top_k", f"1 to max_candidates={num_columns}")
-    need(values["temperature"] >= 0, "temperature", "must be >= 0 (0 is greedy)")
-    need(values["gumbel_temperature"] >= 0, "gumbel_temperature", "must be >= 0 (0 is the heaviest candidate alone)")
+    need(0 <= values["temperature"] < math.inf, "temperature", "must be >= 0 (0 is greedy)")
+    need(
+        0 <= values["gumbel_temperature"] < math.inf,
+        "gumbel_temperature",
+        "must be >= 0 (0 is the heaviest candidate alone)",
+    )
     need(0 < values["top_p"] <= 1, "top_p", "must be in (0, 1]")
     need(0 <= values["min_p"] < 1, "min_p", "must be in [0, 1)")
-    need(values["noise_scale"] >= 0, "noise_scale", "must be >= 0")
+    need(0 <= values["noise_scale"] < math.inf, "noise_scale", "must be >= 0")
     return problems

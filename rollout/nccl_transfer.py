@@ -1,36 +1,48 @@
-"""Weights over NCCL, from the learner's first rank straight into the workers of every rollout engine (vLLM's own path).
+"""Weights over NCCL: the learner's first rank broadcasts a version straight into the workers of rollout engines.
 
-    NcclSender (learner rank 0) --update info--> EngineClient --one call per actor--> receive_policy (engine thread)
-            \\---------------- NCCL broadcast of packed buffers -----------------------------------^
+    driver --broadcast--> learner ranks == packed NCCL broadcast (vLLM's trainer engine) ==> SoftWorker.receive_policy
+    driver --receive_weights--> every actor of the group --one command of the engine thread--------^
 
-Only for GPUs, and only with vLLM (tested: 0.32). The group is fixed when it is connected: rank 0 is the learner, the
-workers of actor i follow at 1 + i * tensor_parallel_size. An actor that was restarted is not in it: close the sender,
-serve the newest version from the object store, connect again.
+The object store has each version too, with its manifest: whoever is not in the group (late, restarted, its transfer
+failed) takes it from there. A group is the actors that served when it was made; when others serve, the next broadcast
+makes a new one.
 
-Invariants: an engine runs no step between the first and the last byte of a version (all three phases of vLLM's update
-are one command of the engine thread); its version number changes in that same command. There is no checksum: an
-engine whose transfer failed holds a torn version and must be ended, never stepped.
+Invariants: an engine runs no step between the first and the last byte of a version; it steps again only if the digest
+of what it received is the one that the learner computed when it packed the version. An engine whose transfer failed
+holds a torn version: its thread ends and the actor is replaced. Nobody waits in NCCL longer than the group's deadline.
+Importable without torch.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rollout.weights import WeightError, WeightManifest
+from rollout.weights import WeightManifest
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-BACKEND = "nccl"
+BACKEND = "softgrpo_nccl"
 """`backend` of the `weight_transfer_config` that an engine on this transport starts with."""
+CONNECT_DEADLINE_S = 300.0
+"""For all ranks of a group to meet: what vLLM waits for a rank that never comes."""
+DIGEST_CHUNK = 2**20
+"""Elements that are multiplied at a time: the product takes 8 bytes each."""
+
+
+class TransferError(RuntimeError):
+    """A broadcast that did not happen or was cut off; the sender's weights are untouched."""
 
 
 @dataclass(frozen=True, slots=True)
-class NcclPlan:
-    """The transfer group."""
+class NcclGroup:
+    """A transfer group: rank 0 is the learner, the workers of engine i follow at 1 + i * tensor_parallel_size."""
 
     master_address: str
     """Of the learner's first rank."""
@@ -39,7 +51,7 @@ class NcclPlan:
     tensor_parallel_size: int
     """Workers per engine."""
     deadline_s: float
-    """Of one version, and of connecting."""
+    """Of one broadcast."""
 
     @property
     def world_size(self) -> int:
@@ -51,103 +63,151 @@ class NcclPlan:
         return 1 + engine * self.tensor_parallel_size
 
 
-class EngineCore(Protocol):
-    """vLLM's `LLMEngine`, as far as it is needed here."""
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """What one engine is told about one version."""
 
-    def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
-        """Call a method on every worker."""
+    manifest: WeightManifest
+    digest: int
+    """`TensorDigest` of the version."""
+    group: NcclGroup
+    engine: int
+    """Number in the group, from 0."""
+
+
+class TensorDigest:
+    """63 bits over tensors in order, computed on the device where they lie; a sum of elements times fixed odd factors.
+
+    For bytes that never come to the host, where BLAKE3 reads them: finds torn, swapped and missing data, not an enemy.
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    def watch(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Hand the tensors on and count them in."""
+        for name, tensor in tensors:
+            self._sums.append(self._sum(tensor))
+            yield name, tensor
+
+    def value(self) -> int:
+        """The digest; waits for the device."""
+        import torch
+
+        total = 0
+        for number in torch.stack(self._sums).tolist() if self._sums else ():
+            total = (total * 0x9E3779B97F4A7C15 + number) % 2**64
+        return total >> 1
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        import torch
+
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        data = tensor.detach().reshape(-1).view(integer)
+        factors = _factors(DIGEST_CHUNK, data.device)
+        total = torch.full((), len(data), dtype=torch.int64, device=data.device)
+        for chunk in data.split(DIGEST_CHUNK):
+            total = total * 0x5851F42D4C957F2D + (chunk.to(torch.int64) * factors[: len(chunk)]).sum()
+        return total
+
+
+@cache
+def _factors(count: int, device: torch.device) -> Tensor:
+    """One odd number per position of a chunk ([count] int64), the same on every device."""
+    import torch
+
+    mixed = torch.arange(1, count + 1, dtype=torch.int64, device=device) * 0x2545F4914F6CDD1D
+    mixed = (mixed ^ (mixed >> 29)) * 0x369DEA0F31A53F85
+    return (mixed ^ (mixed >> 32)) | 1
+
+
+class Communicator(Protocol):
+    """vLLM's `PyNcclCommunicator`, as far as it is needed here."""
+
+    disabled: bool
+
+    def destroy(self) -> None:
+        """Abort: whoever waits in it returns."""
         ...
 
 
-def connect_workers(core: EngineCore, init_info: dict[str, Any]) -> None:
-    """Join the transfer group; runs on the engine thread and returns when all ranks are there."""
-    core.collective_rpc("init_weight_transfer_engine", args=(init_info,))
+@contextmanager
+def deadline(communicator: Communicator, seconds: float, what: str) -> Iterator[None]:
+    """Abort the communicator when `seconds` have passed; raises `TransferError` if that happened inside.
 
-
-def receive_policy(core: EngineCore, update_info: dict[str, Any]) -> None:
-    """Receive one version in place; runs on the engine thread as one command, between two steps."""
-    core.collective_rpc("start_weight_update")
-    core.collective_rpc("update_weights", args=(update_info,))
-    core.collective_rpc("finish_weight_update")
-
-
-Call = Callable[[int, str, dict[str, Any]], Any]
-"""(engine, "connect" or "receive", payload) -> a reference to the running call on that rollout actor."""
-Wait = Callable[[Sequence[Any], float], Any]
-"""(references, seconds) -> results; raises when one failed or the time is over (`ray.get` with a timeout)."""
-
-
-class EngineClient:
-    """vLLM's weight-sync client over our actors: the trainer engine calls it from a side thread.
-
-    vLLM's own Ray client gives all handles one rank offset, right for the replicas of one data-parallel engine only.
+    NCCL itself waits for a lost peer without end, and after an abort vLLM's calls return without doing anything.
     """
+    timer = threading.Timer(seconds, communicator.destroy)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception as error:
+        if communicator.disabled:
+            raise TransferError(f"{what}: not done after {seconds:.0f} s, aborted") from error
+        raise
+    finally:
+        timer.cancel()
+    if communicator.disabled:
+        raise TransferError(f"{what}: not done after {seconds:.0f} s, aborted")
 
-    def __init__(self, plan: NcclPlan, call: Call, wait: Wait) -> None:
-        self._plan, self._call, self._wait = plan, call, wait
-        self.version = 0
-        """Of the transfer in progress; goes with the payload, so that an engine takes bytes and number at once."""
+
+class DriverCalls:
+    """The engines' side as vLLM's trainer engine would call it; here the driver has called them already."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Every engine joins with a rank of its own."""
-        self._all("connect", lambda engine: {**init_info, "rank_offset": self._plan.rank_offset(engine)})
+        """Nothing, the engines join when they are told of a new group."""
 
     def start_weight_update(self) -> None:
-        """Nothing: an engine starts, receives and finishes in one command."""
+        """Nothing, see the class."""
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Every engine receives while the learner broadcasts."""
-        self._all("receive", lambda _: {"version": self.version, "update_info": update_info})
+    def update_weights(self, update_info: Any) -> None:
+        """Nothing, see the class."""
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Nothing, see `start_weight_update`."""
-
-    def _all(self, phase: str, payload: Callable[[int], dict[str, Any]]) -> None:
-        calls = [self._call(engine, phase, payload(engine)) for engine in range(self._plan.num_engines)]
-        self._wait(calls, self._plan.deadline_s)
+        """Nothing, see the class."""
 
 
 class PolicySource:
-    """vLLM's weight source over the learner's tensors; names and shapes come from a version already published."""
+    """vLLM's weight source over one version: names and shapes of its manifest, the learner's tensors."""
 
-    def __init__(self, manifest: WeightManifest, tensors: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
-        self._manifest, self._tensors = manifest, tensors
+    def __init__(self) -> None:
+        self.manifest = WeightManifest(0, (), (), ())
+        self.weights: Iterator[tuple[str, Tensor]] = iter(())
 
     def metadata(self) -> list[Any]:
         """Name, dtype and shape of every tensor, without gathering any."""
         import torch
         from vllm.distributed.weight_transfer.base import ParamMeta
 
-        return [ParamMeta(entry.name, getattr(torch, entry.dtype), entry.shape) for entry in self._manifest.entries]
+        return [ParamMeta(entry.name, getattr(torch, entry.dtype), entry.shape) for entry in self.manifest.entries]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self._tensors())
+        return self.weights
 
 
 class NcclSender:
-    """The learner's first rank; other ranks iterate the same tensors to stay in the gathers (see `Trainer.weights`)."""
+    """The learner's first rank in one group."""
 
-    def __init__(self, plan: NcclPlan, source: PolicySource, call: Call, wait: Wait) -> None:
+    def __init__(self, group: NcclGroup) -> None:
+        """Join; returns when all ranks are there, or raises `TransferError`."""
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
-        self._client = EngineClient(plan, call, wait)
-        init_info = NCCLTrainerInitInfo(plan.master_address, plan.master_port, plan.world_size, rank=0)
-        self._engine = NCCLTrainerWeightTransferEngine.trainer_init(init_info, client=self._client, source=source)
-        self._broken = False
+        self.group = group
+        self._source = PolicySource()
+        init_info = NCCLTrainerInitInfo(group.master_address, group.master_port, group.world_size, rank=0)
+        try:
+            self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
+                init_info, client=DriverCalls(), source=self._source
+            )
+        except RuntimeError as error:
+            raise TransferError(f"no NCCL group of {group.world_size} ranks: {error}") from error
 
-    def send(self, version: int) -> float:
-        """Bring every engine to `version`; returns the seconds, in which none of them decoded.
-
-        Raises what the transfer raised; the group is unusable afterwards and every engine in it torn.
-        """
-        if self._broken:
-            raise WeightError(f"version {version}: an earlier transfer failed; connect a new group")
-        started = time.monotonic()
-        self._client.version = version
-        self._broken = True
-        self._engine.send_weights()
-        self._broken = False
-        return time.monotonic() - started
+    def send(self, manifest: WeightManifest, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Broadcast the version that `weights` yields. After an exception the group is of no more use: `close` it."""
+        self._source.manifest, self._source.weights = manifest, weights
+        with deadline(self._engine.model_update_group, self.group.deadline_s, f"broadcast of {manifest.version}"):
+            self._engine.send_weights()
 
     def close(self) -> None:
         """Leave the group."""

@@ -6,8 +6,7 @@
 |--------------|-------------------------------------------------------------------------------------|
 | object_store | its shards                                                                          |
 | delta        | what changed since the version before; its shards every `anchor_every` versions     |
-
-(vLLM's NCCL transfer moves no parts through the store: `rollout.nccl_transfer`.)
+| nccl         | its shards, for actors that miss the broadcast (`rollout.nccl_transfer`)            |
 
 Invariants, for every transport: a receiver returns all bytes of a version, each shard with the checksum of its
 manifest, or raises `WeightError`; it can go from any version it holds, or from none, to the newest one, whichever it
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
+from rollout.nccl_transfer import TensorDigest
 from rollout.weights import (
     MAX_SHARD_BYTES,
     PackedShard,
@@ -35,7 +35,7 @@ from rollout.weights import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-Transport = Literal["object_store", "delta"]
+Transport = Literal["object_store", "delta", "nccl"]
 Reference = TypeVar("Reference")
 Fetch = Callable[[int, int], Sequence[np.ndarray]]
 """(first, count) -> these parts, in the order of the chain; blocks, and raises when its deadline passes."""
@@ -55,6 +55,8 @@ class Link:
     """Of the whole version: what a receiver must end up with."""
     base_version: int | None
     """The version that the parts change; None for an anchor, whose parts are the shards."""
+    digest: int | None = None
+    """`rollout.nccl_transfer.TensorDigest` of the version, where it is broadcast as well."""
 
     @property
     def num_parts(self) -> int:
@@ -84,7 +86,7 @@ def make_sender(
     """The sender of a transport."""
     if transport == "delta":
         return DeltaSender(max_shard_bytes=max_shard_bytes, anchor_every=anchor_every)
-    return FullSender(max_shard_bytes=max_shard_bytes)
+    return FullSender(max_shard_bytes=max_shard_bytes, digest=transport == "nccl")
 
 
 def make_receiver(transport: Transport) -> Receiver:
@@ -118,19 +120,21 @@ class WeightChain(Generic[Reference]):
 
 
 class FullSender:
-    """Every version is an anchor."""
+    """Every version is an anchor; with `digest` its link has the digest of the tensors where they lie."""
 
-    def __init__(self, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(self, *, max_shard_bytes: int = MAX_SHARD_BYTES, digest: bool = False) -> None:
         # Two: one is hashed and put away while the other is filled.
         self._buffers = [np.empty(max_shard_bytes, np.uint8) for _ in range(2)]
+        self._digest = digest
 
     def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[np.ndarray | Link]:
         """Yield the shards, the link last."""
-        packed = []
+        packed, digest = [], TensorDigest() if self._digest else None
+        tensors = tensors if digest is None else digest.watch(tensors)
         for shard in iterate_shards(tensors, max_shard_bytes=len(self._buffers[0]), buffers=self._buffers):
             yield shard.data
             packed.append(shard)
-        yield Link(make_manifest(version, packed), None)
+        yield Link(make_manifest(version, packed), None, None if digest is None else digest.value())
 
 
 class FullReceiver:

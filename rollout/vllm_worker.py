@@ -18,6 +18,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 if TYPE_CHECKING:
+    from rollout.nccl_transfer import Broadcast
     from rollout.weights import WeightManifest
 
 
@@ -29,6 +30,10 @@ class SoftWorker(PlatformWorker):  # type: ignore[misc, valid-type]
         register_classes()
         cpu_kernels.install()
         super().__init__(*args, **kwargs)
+        if self.vllm_config.weight_transfer_config is not None:
+            from rollout.vllm_transfer import register_backend
+
+            register_backend()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Before the runner forgets finished and preempted requests alike, say which are which."""
@@ -45,11 +50,20 @@ class SoftWorker(PlatformWorker):  # type: ignore[misc, valid-type]
 
         # The engine's caller has verified the shards, while decoding went on; again here would lengthen the pause.
         self.model_runner.reload_weights(weights_iterator=iterate_weights(manifest, shards, verify=False))
-        model = self.model_runner.get_model()
+        return self._serve(manifest.version)
+
+    def receive_policy(self, broadcast: Broadcast) -> int:
+        """The same from the learner's broadcast. After an exception the model is torn and must not run."""
+        from rollout.vllm_transfer import receive
+
+        receive(self, broadcast)
+        return self._serve(broadcast.manifest.version)
+
+    def _serve(self, version: int) -> int:
         if current_platform.is_cpu():
-            repack_tied_head(model)
-        self.model_runner.model_state.policy_version = manifest.version
-        return manifest.version
+            repack_tied_head(self.model_runner.get_model())
+        self.model_runner.model_state.policy_version = version
+        return version
 
     def soft_counters(self) -> dict[str, int]:
         """Resumptions and rebuilt rows, for tests and statistics."""

@@ -143,7 +143,7 @@ class SimulatedRollout:
                 member.running -= 1
                 self.busy_seats_s += asyncio.get_running_loop().time() - started
 
-    def publish(self, weights: PublishedWeights) -> None:
+    async def publish(self, weights: PublishedWeights) -> None:
         for actor in self.actors:
             asyncio.get_running_loop().call_later(self.timing.sync_s, self._swap, actor, weights.manifest.version)
 
@@ -272,7 +272,7 @@ class Simulation:
         )
         self.controller = Controller(self.config, parts, state, backlog)
         if state:
-            self.rollout.publish(SimpleNamespace(manifest=SimpleNamespace(version=state.version)))
+            await self.rollout.publish(SimpleNamespace(manifest=SimpleNamespace(version=state.version)))
         self.prepare(self)
         await self.controller.run()
 

@@ -60,6 +60,11 @@ def recipe(tmp_path: Path) -> Path:
             ["importance_cap=2.0", "old_log_density: recompute"],
         ),
         ({"rollout": {"num_gpus": 0.5, "tensor_parallel_size": 2}}, ["num_gpus=0.5", "set num_gpus to 2"]),
+        ({"pipeline": {"transport": "nccl"}}, ["learner.num_gpus=0", "set both to at least 1"]),
+        (
+            {"pipeline": {"transport": "nccl"}, "learner": {"num_gpus": 1}, "rollout": {"num_gpus": 0.5}},
+            ["rollout.num_gpus=0.5", "no GPU that two actors share", "transport: object_store"],
+        ),
     ],
 )
 def test_a_mistake_names_key_value_and_fix(sections: dict[str, Any], words: list[str]) -> None:

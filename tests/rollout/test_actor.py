@@ -14,6 +14,7 @@ import pytest
 
 from rollout.actor import RequestAborted, RolloutActor
 from rollout.engine import EngineError, RequestError, SoftEngine
+from rollout.nccl_transfer import Broadcast, NcclGroup, TransferError
 from rollout.request import RolloutRequest
 from rollout.trajectory import Kind, unpack
 from rollout.transport import Link
@@ -153,3 +154,17 @@ def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
             await asyncio.wait_for(started.ready(), DEADLINE_S)
 
     asyncio.run(test())
+
+
+def test_an_engine_that_is_torn_by_a_transfer_steps_no_more(parity_model_dir: Path) -> None:
+    async def test(started: RolloutActor) -> None:
+        running = asyncio.create_task(started.generate(group("a")))
+        manifest, _ = bundle(reference_model(parity_model_dir), 1)
+        with pytest.raises(TransferError, match="not started with transport: nccl"):
+            await started.receive_weights(Broadcast(manifest, 0, NcclGroup("", 0, 1, 1, 5.0), 0))
+        with pytest.raises(EngineError, match="the engine has failed"):
+            await running
+        with pytest.raises(EngineError, match="the engine has failed"):
+            await started.stats()
+
+    run(test, parity_model_dir)

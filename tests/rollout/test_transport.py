@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from rollout.transport import (
 )
 from rollout.weights import WeightError, iterate_weights
 
-TRANSPORTS = ("object_store", "delta")
+TRANSPORTS = ("object_store", "delta", "nccl")
 SHARD = 4096
 Model = dict[str, torch.Tensor]
 
@@ -300,8 +302,11 @@ def test_the_driver_needs_no_torch() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
-def test_a_receiver_killed_while_it_fetches_is_replaced(transport: str) -> None:
-    """Through Ray: the parts are owned by the driver, so neither a dead learner nor a dead receiver loses them."""
+def test_a_receiver_may_be_slow_or_killed_while_it_fetches(transport: str) -> None:
+    """Through Ray: the parts are owned by the driver, so neither a dead learner nor a dead receiver loses them.
+
+    Whoever is still fetching a version keeps it alive, although the chain has moved on.
+    """
     import ray
 
     @ray.remote
@@ -318,24 +323,37 @@ def test_a_receiver_killed_while_it_fetches_is_replaced(transport: str) -> None:
     class Rollout:
         def __init__(self) -> None:
             self.receiver = make_receiver(transport)
-            self.fetching = False
+            self.fetching, self.stalled = False, threading.Event()
 
         def is_fetching(self) -> bool:
             return self.fetching
 
+        def proceed(self) -> None:
+            self.stalled.clear()
+
         def update(self, links: list[Link], references: list[ray.ObjectRef], stall: bool) -> Model:
+            if stall:
+                self.stalled.set()
+
             def fetch(first: int, count: int) -> list[np.ndarray]:
-                found = ray.get(references[first : first + count], timeout=30)
                 self.fetching = True
-                if stall:
-                    time.sleep(60)
-                return found
+                deadline = time.monotonic() + 60
+                while self.stalled.is_set() and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                return ray.get(references[first : first + count], timeout=30)
 
             shards = self.receiver.receive(links, fetch)
             return {name: tensor.clone() for name, tensor in iterate_weights(links[-1].manifest, shards)}
 
     learner, chain = Learner.remote(), WeightChain()
-    rollout, other = Rollout.remote(), Rollout.remote()
+    rollout, slow, other = Rollout.remote(), Rollout.remote(), Rollout.remote()
+
+    def wait_for_fetch(actor: Any) -> None:
+        deadline = time.monotonic() + 30
+        while not ray.get(actor.is_fetching.remote(), timeout=30):
+            assert time.monotonic() < deadline, "the receiver never began to fetch"
+            time.sleep(0.02)
+
     weights = model()
     for version in (1, 2, 3):
         weights = weights if version == 1 else trained(weights, version)
@@ -344,12 +362,15 @@ def test_a_receiver_killed_while_it_fetches_is_replaced(transport: str) -> None:
         assert_equal(ray.get(other.update.remote(chain.links, chain.references, False), timeout=60), weights)
         if version == 2:
             rollout.update.remote(chain.links, chain.references, True)
-            deadline = time.monotonic() + 30
-            while not ray.get(rollout.is_fetching.remote(), timeout=30):
-                assert time.monotonic() < deadline, "the receiver never began to fetch"
-                time.sleep(0.02)
+            wait_for_fetch(rollout)
             ray.kill(rollout)
             rollout = Rollout.remote()
+            second, held = weights, slow.update.remote(chain.links, chain.references, True)
+            wait_for_fetch(slow)
+            references = []
+    ray.get(slow.proceed.remote(), timeout=30)
+    assert_equal(ray.get(held, timeout=60), second)
     ray.kill(learner)
-    assert_equal(ray.get(rollout.update.remote(chain.links, chain.references, False), timeout=60), weights)
+    for actor in (rollout, slow):
+        assert_equal(ray.get(actor.update.remote(chain.links, chain.references, False), timeout=60), weights)
     assert len(list(itertools.chain(chain.references))) == sum(link.num_parts for link in chain.links)
