@@ -29,6 +29,7 @@ __all__ = ["LearnerError", "LearnerGroup", "LearnerSpec", "PublishedWeights", "R
 
 logger = logging.getLogger(__name__)
 
+PLACE_POLL_S = 0.5
 SETTLE_S = 2.0
 """After a first failure the other ranks get this long to fail too: the dead rank names the cause, its peers echo it."""
 
@@ -64,6 +65,7 @@ class LearnerGroup:
         self.kill()
         self.generation += 1
         deadline = time.monotonic() + self.spec.startup_timeout_s
+        await self._wait_for_place(deadline)
         options = {"max_restarts": 0, "max_task_retries": 0, **self._rank_options}
         actor_class = ray.remote(LearnerRank)
         self._ranks = [actor_class.options(**options).remote(self.spec, rank) for rank in range(self.spec.world_size)]
@@ -71,6 +73,17 @@ class LearnerGroup:
         place = None if checkpoint is None else str(checkpoint)
         facts = await self._collect("start", [rank.start.remote(master, place) for rank in self._ranks], deadline)
         return {**facts[0], "pids": [fact["pid"] for fact in facts], "generation": self.generation}
+
+    async def _wait_for_place(self, deadline: float) -> None:
+        """Until Ray has moved what was reserved on a lost node: a rank that is sent there dies at once."""
+        group = getattr(self._rank_options.get("scheduling_strategy"), "placement_group", None)
+        while group is not None and not await asyncio.to_thread(_on_living_nodes, group):
+            if time.monotonic() > deadline:
+                raise LearnerError(
+                    f"learner generation {self.generation}: no place for its ranks after "
+                    f"{self.spec.startup_timeout_s:.0f} s: their node is lost and no other has room"
+                )
+            await asyncio.sleep(PLACE_POLL_S)
 
     async def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
         """Training step number `step` (from 0) on all ranks. Metrics are named `area/name`.
@@ -195,6 +208,14 @@ class LearnerGroup:
         self.kill()
         waited = time.monotonic() - started
         raise LearnerError(_describe(phase, self.generation, errors, late, waited)) from _worst(errors)
+
+
+def _on_living_nodes(placement_group: Any) -> bool:
+    import ray
+
+    table = ray.util.placement_group_table(placement_group)
+    living = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return table["state"] == "CREATED" and living.issuperset(table["bundles_to_node_id"].values())
 
 
 async def _result(ref: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from orchestration.draining import node_of
 from orchestration.failures import (
     ActorLost,
     DeadlineExceeded,
@@ -157,8 +158,8 @@ class ActorPool:
     async def call(self, member: Member, refs: Sequence[Any], deadline_s: float, what: str) -> list[Any]:
         """Await all refs of one actor call.
 
-        Raises `ActorLost` (and replaces the member), `InputLost` (the argument's fault alone), `StoreFull` (nobody's) or
-        `GroupFailed`.
+        Raises `ActorLost` (and replaces the member), `InputLost` (the argument's fault alone), `StoreFull` (nobody's)
+        or `GroupFailed`.
         """
         try:
             return await within(asyncio.gather(*refs), deadline_s, what)
@@ -220,8 +221,19 @@ class ActorPool:
         await asyncio.sleep(RESTART_PAUSE_S)
         try:
             await self._bring_up(member)
-        except (RayActorError, RayTaskError, DeadlineExceeded) as error:
+        except DeadlineExceeded as error:
+            if self._lacks_a_place(member):
+                logger.warning("%s; the pool goes on with its other actors", error)
+                self._spawn(self._replace(member), f"start {member.index}")
+            else:
+                self.lose(member, f"start-up: {one_line(error)}", "start")
+        except (RayActorError, RayTaskError) as error:
             self.lose(member, f"start-up: {one_line(error)}", "start")
+
+    def _lacks_a_place(self, member: Member) -> bool:
+        """Whether the cluster has no room for it (its node is gone, no other came) while others of the pool serve."""
+        current = self._members.get(member.index) is member
+        return current and any(other.ready for other in self.members) and node_of(member.actor) is None
 
     async def _bring_up(self, member: Member) -> None:
         what = f"{self.name} actor {member.index} to start (is the cluster large enough for it?)"

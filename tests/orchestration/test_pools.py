@@ -50,6 +50,38 @@ def test_who_pays_for_a_failed_call(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("node", "restarts"), [(None, 1), ("node-1", 2)])
+def test_a_replacement_without_a_place_is_waited_for(
+    node: str | None, restarts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as others serve; one that has a place and does not start is replaced like any other."""
+    monkeypatch.setattr(pools.ray, "kill", lambda actor: None)
+    monkeypatch.setattr(pools, "RESTART_PAUSE_S", 0.0)
+    monkeypatch.setattr(pools, "node_of", lambda actor: node)
+    started: list[int] = []
+
+    def create(index: int) -> Any:
+        actor = fake_actor(index)
+        started.append(index)
+        if started[2:]:
+            actor.ready.remote = lambda: asyncio.sleep(60)
+        return actor
+
+    async def run() -> None:
+        pool = ActorPool(create, 2, startup_timeout_s=0.05, hang_timeout_s=5, restarts=2)
+        await pool.start()
+        pool.lose(pool.members[0], "its node is gone", "died")
+        async with asyncio.timeout(5):
+            while node is not None and pool.counts["restarts"] < restarts:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3 if node is None else 0.0)
+        assert pool.counts["restarts"] == restarts
+        pool.raise_if_broken()
+        pool.kill()
+
+    asyncio.run(run())
+
+
 def test_a_spent_budget_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools.ray, "kill", lambda actor: None)
 
