@@ -50,7 +50,7 @@ def test_a_dead_and_then_a_hung_verifier_actor_are_replaced(inputs: Path, tmp_pa
 
 def test_a_hung_rank_and_then_a_dead_one_take_the_learner_with_them(inputs: Path, tmp_path: Path) -> None:
     """Row 8, and row 7 with two ranks: the peer waits in a collective; both times all ranks start from a checkpoint."""
-    steps, every = 400, 10
+    steps, every = 150, 10
     changes = {"learner__world_size": 2, "learner__step_timeout_s": 20, "pipeline__sync_timeout_s": 20}
     run = Run(recipe(inputs, tmp_path / "run", steps=steps, checkpoint__every_steps=every, **changes))
     run.wait_for_step(every + 2)
