@@ -73,7 +73,8 @@ def gather(run_dir: Path, evaluations: Sequence[Path]) -> Material:
     if not config_file.is_file():
         raise ConfigError(f"{run_dir}: not a run directory (no config.yaml); give the directory of a training run")
     own = run_dir / "evaluation"
-    directories = [*([own] if (own / "settings.json").is_file() else []), *evaluations]
+    named = [*([own] if (own / "settings.json").is_file() else []), *evaluations]
+    directories = list(dict.fromkeys(directory.resolve() for directory in named))
     results: list[dict[str, Any]] = []
     sources = [
         TraceSource(f"step {int(path.stem.removeprefix('step_'))}", path)

@@ -32,13 +32,15 @@ class TraceSource:
 
 
 def read_traces(sources: Sequence[TraceSource], token_text: TokenText, limit: int) -> list[dict[str, Any]]:
-    """At most `limit` responses with their soft trace, taken evenly from the sources."""
+    """At most `limit` responses with their soft trace, taken evenly from the sources, the first and last among them."""
+    if len(sources) > limit:
+        sources = [sources[i * (len(sources) - 1) // max(1, limit - 1)] for i in range(limit)]
     rows_per_source = [_rows_with_trace(source.path) for source in sources]
     traces = []
     share = max(1, limit // max(1, len(sources)))
     for source, rows in zip(sources, rows_per_source, strict=True):
         traces += [_trace(source.label, row, token_text) for row in rows[:share]]
-    return traces[:limit]
+    return traces
 
 
 def token_texts(model_dir: Path) -> TokenText:

@@ -194,6 +194,8 @@ def test_page_has_its_sections(tmp_path: Path) -> None:
     for text in ("Training", "No collapse alarm", "Pass@k", "toy: unbiased Pass@k", "Trajectories", "Configuration"):
         assert text in page, text
     assert (run / "plots" / "curves.png").is_file()
+    assert main([str(run), "--evaluation", str(run / "evaluation")]) == 0
+    assert (run / "report.html").read_text(encoding="utf-8") == page, "the run's own evaluation counts once"
     with pytest.raises(ConfigError, match="not a run directory"):
         main([str(tmp_path)])
 
@@ -207,6 +209,9 @@ def test_traces_are_cut_in_the_middle_and_show_removed_candidates(tmp_path: Path
     assert [position[0] for position in trace["positions"]] == ["soft", "soft", "soft", "ended", "token"]
     assert [candidate[1] for candidate in trace["positions"][0][2]] == [0.9, 0.1]
     assert MAX_POSITIONS % 2 == 0
+    many = [TraceSource(f"step {i}", run / "trajectories" / "step_000010.parquet") for i in range(100)]
+    labels = [trace["source"] for trace in read_traces(many, texts, 5)]
+    assert labels == ["step 0", "step 24", "step 49", "step 74", "step 99"]
 
 
 @pytest.mark.slow
