@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from orchestration.failures import ActorLost, DeadlineExceeded, InputLost, within
 from orchestration.pools import ActorPool, Member
+from rollout.full_store import StoreFull
 from rollout.request import GroupSummary, RolloutRequest
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ class RolloutPool(ActorPool):
                 self.changed.set()
         except ActorLost:
             return
-        except InputLost as loss:  # gone with the learner's node: the learner that is rebuilt publishes again
+        except (InputLost, StoreFull) as loss:  # gone with the learner's node, or no room: the next version is fetched
             logger.warning("rollout actor %d stays at version %d: %s", member.index, member.version, loss)
         finally:
             self._syncing.discard(member)
