@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestration.config import ColumnMapping, ConfigError, DatasetConfig, RewardConfig
+from orchestration.config import ConfigError
+from orchestration.config_sections import ColumnMapping, DatasetConfig, RewardConfig
 
 Gold = str | dict[str, Any]
 Message = dict[str, str]

@@ -14,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestration.config import ConfigError, DataConfig, ModelConfig
+from orchestration.config import ConfigError
+from orchestration.config_sections import DataConfig, ModelConfig
 from orchestration.dataset import Message
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

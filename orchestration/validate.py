@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestration import machine
-from orchestration.config import Config, ConfigError, DatasetConfig, RewardConfig
+from orchestration.config import Config, ConfigError
+from orchestration.config_sections import DatasetConfig, RewardConfig
 from orchestration.dataset import MissingData, PromptRow, place, read_rows, report_bad_rows
 from orchestration.model_facts import ModelFacts, read_model_facts
 from orchestration.prompt_tokenizer import (

@@ -19,7 +19,7 @@ from orchestration.chain_task import (
     write_questions,
     write_traces,
 )
-from orchestration.config import DatasetConfig, RewardConfig
+from orchestration.config_sections import DatasetConfig, RewardConfig
 from orchestration.dataset import read_rows
 from reward.math import grade
 from reward.verdict import Verdict

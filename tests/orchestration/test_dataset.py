@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration.config import ColumnMapping, ConfigError, DatasetConfig, RewardConfig
+from orchestration.config import ConfigError
+from orchestration.config_sections import ColumnMapping, DatasetConfig, RewardConfig
 from orchestration.dataset import MissingData, PromptRow, PromptStream, Visit, load_rows
 
 REWARD = RewardConfig()

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from orchestration.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
+from orchestration.config import ConfigError
+from orchestration.config_sections import DataConfig, DatasetConfig, ModelConfig
 from orchestration.dataset import Message
 from orchestration.model_facts import read_model_facts
 from orchestration.prompt_tokenizer import (
