@@ -16,6 +16,7 @@ LEARNER_MAY_IMPORT = (
     "rollout.weights",
     "rollout.transport",
     "rollout.nccl_transfer",
+    "rollout.full_store",
 )
 
 
