@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -30,6 +30,11 @@ def tiny_llama(**changes: Any) -> LlamaConfig:
 def tiny_qwen2(**changes: Any) -> Qwen2Config:
     """The same with two heads of 32 and biases in the attention projections."""
     return Qwen2Config(**{**SHAPE, "hidden_size": 64, "intermediate_size": 96, **changes})
+
+
+def tiny_qwen3(**changes: Any) -> Qwen3Config:
+    """The same with norms of queries and keys and no biases; two heads of 32."""
+    return Qwen3Config(**{**SHAPE, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32, **changes})
 
 
 def spread_weights(model: nn.Module) -> None:

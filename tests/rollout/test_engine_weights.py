@@ -21,15 +21,20 @@ pytestmark = pytest.mark.slow
 
 
 def build_qwen2(directory: Path, *, tied: bool, kv_heads: int = 1) -> Path:
-    """A tiny Qwen2 layout (biases in the attention projections) with the tokenizer of the tiny Llama."""
-    from transformers import Qwen2ForCausalLM
+    """A tiny Qwen2 (biases in the attention projections) with the tokenizer of the tiny Llama."""
+    from tests.tiny_models import tiny_qwen2
 
-    from tests.tiny_models import spread_weights, tiny_qwen2
+    return build_from(tiny_qwen2(num_key_value_heads=kv_heads, tie_word_embeddings=tied), directory)
+
+
+def build_from(config: Any, directory: Path) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny_models import spread_weights
 
     build_tiny_model(directory)
     torch.manual_seed(1)
-    config = tiny_qwen2(num_key_value_heads=kv_heads, tie_word_embeddings=tied)
-    model = Qwen2ForCausalLM(config).to(torch.float32)
+    model = AutoModelForCausalLM.from_config(config).to(torch.float32)
     spread_weights(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -77,11 +82,18 @@ def check_scored_by(model: Any, trajectory: Trajectory) -> int:
     return int(scored.sum())
 
 
-@pytest.mark.parametrize(("layout", "tied"), [("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False)])
+@pytest.mark.parametrize(
+    ("layout", "tied"), [("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False), ("qwen3", False)]
+)
 def test_update_and_back_matches_transformers(
     layout: str, tied: bool, start_engine: EngineFactory, tmp_path: Path
 ) -> None:
-    directory = build_qwen2(tmp_path, tied=tied) if layout == "qwen2" else build_tiny_model(tmp_path, tied=tied)
+    from tests.tiny_models import tiny_qwen3
+
+    if layout == "qwen3":
+        directory = build_from(tiny_qwen3(tie_word_embeddings=tied), tmp_path)
+    else:
+        directory = build_qwen2(tmp_path, tied=tied) if layout == "qwen2" else build_tiny_model(tmp_path, tied=tied)
     model, original = reference_model(directory), reference_model(directory)
     changed(model, seed=3)
     requests = [request(0), request(1), *(request(index, thinking="discrete") for index in range(2, 6))]

@@ -13,8 +13,9 @@ import torch
 
 from rollout.engine import SoftEngine
 from rollout.trajectory import Kind, Trajectory
-from tests.rollout.conftest import Case, EngineFactory, base_spec, mixed_cases, run
+from tests.rollout.conftest import Case, EngineFactory, base_spec, mixed_cases, reference_model, run
 from tests.rollout.naive_loop import Position
+from tests.rollout.test_engine_weights import bundle, changed
 
 pytestmark = pytest.mark.slow
 
@@ -155,6 +156,20 @@ def test_cache_resets_with_running_requests(
         stats = engine.stats()
     assert stats["engine/resumed"] >= 20
     assert stats["engine/stashes"] == 0
+
+
+def test_an_update_and_back(start_engine: EngineFactory, cases: list[Case], parity_model_dir: Path) -> None:
+    """Another version in between leaves nothing behind, in the cache or in the weights."""
+    model = changed(reference_model(parity_model_dir), seed=13)
+    with start_engine() as engine:
+        run(engine, cases[:16])
+        engine.load_weights(*bundle(model, 1))
+        between = mixed_cases(model, engine.spec, count=16, seed=8)
+        assert_parity(between, run(engine, between))
+        engine.load_weights(*bundle(reference_model(parity_model_dir), 2))
+        found = run(engine, cases)
+    assert_parity(cases, found)
+    assert all((trajectory.versions == 2).all() for trajectory in found.values())
 
 
 def test_the_static_path_of_a_gpu(start_engine: EngineFactory, cases: list[Case]) -> None:

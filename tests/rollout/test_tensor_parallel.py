@@ -23,7 +23,7 @@ def test_two_ranks_and_a_weight_update(
     directory = build_qwen2(tmp_path, tied=True, kv_heads=2)
     model = reference_model(directory)
     spec = base_spec(directory)
-    cases: list[Case] = mixed_cases(model, spec, count=12, seed=3)
+    cases: list[Case] = mixed_cases(model, spec, count=64, seed=3)
     with start_engine(directory, tensor_parallel_size=2) as engine:
         assert_parity(cases, run(engine, cases))
         changed(model, seed=4)
