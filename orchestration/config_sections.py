@@ -64,7 +64,6 @@ class DataConfig(Section):
     """Appended to the last user message."""
     system_prompt: str | None = None
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 1024
-    shuffle: bool = True
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
     """Rows without prompt or checkable answer, or over `max_prompt_tokens`, that may be skipped (each is listed)."""
 
@@ -239,9 +238,9 @@ class EvaluationConfig(Section):
     """Evaluation on `data.evaluation` during training."""
 
     every_steps: Annotated[int, Field(ge=0)] = 0
-    """0 evaluates only before and after."""
-    at_start: bool = True
-    at_end: bool = True
+    """Also beside training, every so many steps; 0 does not."""
+    before_and_after: bool = True
+    """The two evaluations that make `summary.json`."""
     samples: Annotated[int, Field(ge=1)] = 16
     """Responses per question."""
     limit: Annotated[int, Field(ge=1)] | None = None

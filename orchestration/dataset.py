@@ -280,12 +280,11 @@ class PromptStream:
     row orders. Every prompt is visited once per epoch: the visit number is the epoch.
     """
 
-    def __init__(self, rows: Sequence[PromptRow], *, seed: int, shuffle: bool = True) -> None:
+    def __init__(self, rows: Sequence[PromptRow], *, seed: int) -> None:
         if not rows:
             raise ValueError("a prompt stream needs at least one row")
         self._rows = list(rows)
         self._seed = seed
-        self._shuffle = shuffle
         self._epoch = 0
         self._position = 0
         self._order = self._order_of(0)
@@ -323,8 +322,6 @@ class PromptStream:
         self._order = self._order_of(self._epoch)
 
     def _order_of(self, epoch: int) -> list[PromptRow]:
-        if not self._shuffle:
-            return self._rows
         key = f"{self._seed}\x1f{epoch}".encode()
         return sorted(self._rows, key=lambda row: hashlib.blake2b(row.prompt_id.encode(), key=key).digest())
 

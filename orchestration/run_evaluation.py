@@ -51,7 +51,7 @@ class RunEvaluation:
 
     async def before(self) -> None:
         """Evaluate the policy that training starts from."""
-        if self.config.evaluation.at_start:
+        if self.config.evaluation.before_and_after:
             await self._evaluate(0)
 
     def after_step(self, step: int) -> None:
@@ -73,7 +73,7 @@ class RunEvaluation:
         """
         if self._beside is not None:
             await self._beside
-        if self.config.evaluation.at_end:
+        if self.config.evaluation.before_and_after:
             await self._evaluate(step)
             if self.prompts and self.config.evaluation.every_steps:
                 self._mark_best(step)

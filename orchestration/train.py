@@ -97,7 +97,7 @@ class TrainingRun:
         self.directory = directory
         self.prompts = resolved.train
         self.evaluation_prompts = resolved.evaluation
-        self.stream = PromptStream(self.prompts.rows, seed=self.config.seed, shuffle=self.config.data.shuffle)
+        self.stream = PromptStream(self.prompts.rows, seed=self.config.seed)
         self.checkpoint = directory.resume_point() if resume else None
         self.state = load_state(self.checkpoint) if self.checkpoint else None
         self.plan = make_plan(resolved, initial_version=0, labelled=labelled_pools())

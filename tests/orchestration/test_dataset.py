@@ -170,12 +170,12 @@ def take(stream: PromptStream, count: int) -> list[Visit]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(count=st.integers(1, 12), stop=st.integers(0, 40), seed=st.integers(0, 5), shuffle=st.booleans())
-def test_a_stream_continues_exactly_where_it_stopped(count: int, stop: int, seed: int, shuffle: bool) -> None:
-    whole = take(PromptStream(rows(count), seed=seed, shuffle=shuffle), 60)
-    first = PromptStream(rows(count), seed=seed, shuffle=shuffle)
+@given(count=st.integers(1, 12), stop=st.integers(0, 40), seed=st.integers(0, 5))
+def test_a_stream_continues_exactly_where_it_stopped(count: int, stop: int, seed: int) -> None:
+    whole = take(PromptStream(rows(count), seed=seed), 60)
+    first = PromptStream(rows(count), seed=seed)
     take(first, stop)
-    second = PromptStream(rows(count), seed=seed, shuffle=shuffle)
+    second = PromptStream(rows(count), seed=seed)
     second.restore(json.loads(json.dumps(first.state())))
     assert second.prompts_visited == stop
     assert take(second, 60 - stop) == whole[stop:]

@@ -162,7 +162,7 @@ def test_a_failed_group_costs_the_evaluation_beside_training_not_the_run(tmp_pat
         async def score(self, batch: Any, gold: Any, rule: str) -> Any:
             raise GroupFailed("grader lost three times")
 
-    harness = Harness(tmp_path, Broken(), every_steps=1, at_end=False)
+    harness = Harness(tmp_path, Broken(), every_steps=1, before_and_after=False)
 
     async def run() -> None:
         harness.evaluation.after_step(1)
@@ -174,7 +174,7 @@ def test_a_failed_group_costs_the_evaluation_beside_training_not_the_run(tmp_pat
 
 
 def test_nothing_happens_where_nothing_is_wanted(tmp_path: Path) -> None:
-    harness = Harness(tmp_path, at_start=False, at_end=False)
+    harness = Harness(tmp_path, before_and_after=False)
     asyncio.run(harness.evaluation.before())
     harness.evaluation.after_step(1)
     asyncio.run(harness.evaluation.finish(6))
