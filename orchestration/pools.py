@@ -114,6 +114,7 @@ class ActorPool:
             cause = getattr(error, "cause", None) or error
             raise RunError(f"a {self.name} actor cannot start: {type(cause).__name__}: {cause}") from error
         self._spawn(self._watch(), "watch")
+        self.take_idle_share()  # counts from here: a pool that starts is not idle
 
     def raise_if_broken(self) -> None:
         """Re-raise what a background task of the pool died of (`PoolExhausted` above all)."""

@@ -118,7 +118,10 @@ def _factors(count: int, device: torch.device) -> Tensor:
 
     mixed = torch.arange(1, count + 1, dtype=torch.int64, device=device) * 0x2545F4914F6CDD1D
     mixed = (mixed ^ (mixed >> 29)) * 0x369DEA0F31A53F85
-    return (mixed ^ (mixed >> 32)) | 1
+    factors = (mixed ^ (mixed >> 32)) | 1
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams will read it
+    return factors
 
 
 class Communicator(Protocol):
