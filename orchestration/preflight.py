@@ -235,19 +235,27 @@ def require_room(config: Config, pools: Iterable[str], deadline_s: float) -> Non
 
     Raises `ConfigError` with the table and the rows that do not fit when the deadline has passed.
     """
+    nodes = cluster_nodes()
+    logger.info(
+        "what the run asks and what the cluster has:\n%s",
+        table(fit(demands(config, labels_of(nodes), pools), nodes), nodes),
+    )
+    started, labelled = time.monotonic(), None
+    with waiting_for("room for all pools", who="driver", deadline_s=deadline_s):
+        while labelled != (now := labels_of(cluster_nodes())):  # the first node of a pool's own may just have come
+            labelled = now
+            _wait_for_room(demands(config, labelled, pools), started, deadline_s)
+
+
+def _wait_for_room(wanted: Sequence[Demand], started: float, deadline_s: float) -> None:
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    nodes = cluster_nodes()
-    wanted = demands(config, labels_of(nodes), pools)
-    logger.info("what the run asks and what the cluster has:\n%s", table(fit(wanted, nodes), nodes))
     places = [demand for demand in wanted for _ in range(demand.count) if demand.bundle]
     selectors = [{POOL_LABEL: demand.label} if demand.label else {} for demand in places]
     trial = placement_group([demand.bundle for demand in places], strategy="PACK", bundle_label_selector=selectors)
-    started = time.monotonic()
     try:
-        with waiting_for("room for all pools", who="driver", deadline_s=deadline_s):
-            while not trial.wait(min(REPORT_EVERY_S, max(0.0, started + deadline_s - time.monotonic()))):
-                _report(wanted, time.monotonic() - started, deadline_s)
+        while not trial.wait(min(REPORT_EVERY_S, max(0.0, started + deadline_s - time.monotonic()))):
+            _report(wanted, time.monotonic() - started, deadline_s)
     finally:
         remove_placement_group(trial)
 
