@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from learner.spec import LearnerError, LearnerSpec, ScoredGroup
 from rollout.nccl_transfer import NcclGroup, NcclSender, TransferError
 from rollout.transport import Link, Sender, make_sender
+from rollout.weights import VERSION_VARIABLE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,13 +98,22 @@ class LearnerRank:
         """
         from learner.export import finite
 
+        os.environ[VERSION_VARIABLE] = str(version)
         weights = finite(version, self.trainer.weights())
-        if self.rank != 0:
+        if self.rank == 0:
+            # A part is valid until the next one is asked for; by then Ray has put it into the object store.
+            yield from self._sender.send(version, weights)
+        else:
             for _ in weights:
                 pass
-            return
-        # A part is valid until the next one is asked for; by then Ray has put it into the object store.
-        yield from self._sender.send(version, weights)
+        if self.spec.shares_device:
+            self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
+        """What torch keeps for the next step, the engine on this GPU needs for its weights and KV until then."""
+        import torch
+
+        torch.cuda.empty_cache()
 
     def broadcast(self, manifest: WeightManifest, group: NcclGroup) -> None:
         """Send the version published last to the engines of `group`; collective, only rank 0 sends."""

@@ -81,6 +81,8 @@ class LearnerSpec:
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
 
+    shares_device: bool = False
+    """With an engine that sleeps while this rank trains: memory that is not in use goes back after every step."""
     micro_batch_tokens: int = 16384
     mini_batches: int = 1
     epochs: int = 1

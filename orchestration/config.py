@@ -78,6 +78,12 @@ class Config(Section):
         return (self.pipeline.max_staleness + 1) * self.algorithm.prompts_per_step
 
     @property
+    def alternates(self) -> bool:
+        """Synchronous steps on a GPU that an engine and a learner rank share: each phase has the memory to itself."""
+        shared = 0 < self.rollout.num_gpus < 1 and 0 < self.learner.num_gpus < 1
+        return shared and self.pipeline.max_staleness == 0
+
+    @property
     def responses_per_step(self) -> int:
         """Trajectories in one training step."""
         return self.algorithm.prompts_per_step * self.algorithm.group_size

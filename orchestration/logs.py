@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TextIO
 
 from orchestration.redaction import SECRET_NAME, redact_text
+from rollout.weights import VERSION_VARIABLE
 
 POOL_VARIABLE = "SOFTGRPO_POOL"
 RANK_VARIABLE = "SOFTGRPO_RANK"
-VERSION_VARIABLE = "SOFTGRPO_POLICY_VERSION"
 FORMAT_VARIABLE = "SOFTGRPO_LOG_FORMAT"
 """`text` or `json`; otherwise Ray's own RAY_LOGGING_CONFIG_ENCODING decides."""
 QUIET = {

@@ -121,6 +121,7 @@ def engine_spec(resolved: Resolved, initial_version: int) -> EngineSpec:
         entropy_stop_steps=sampling.entropy_stop_steps,
         transport=config.pipeline.transport,
         initial_version=initial_version,
+        sleeps=config.alternates,
     )
 
 
@@ -179,6 +180,7 @@ def learner_spec(resolved: Resolved) -> LearnerSpec:
         collective_timeout_s=learner.collective_timeout_s,
         startup_timeout_s=learner.startup_timeout_s,
         step_timeout_s=learner.step_timeout_s,
+        shares_device=config.alternates,
         sync_timeout_s=config.pipeline.sync_timeout_s,
     )
 

@@ -8,6 +8,7 @@ alone passes through the driver. It stays at or above the version that it was di
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import operator
 from collections.abc import Callable, Sequence
@@ -95,6 +96,9 @@ class RolloutPool(ActorPool):
         self._newest: PublishedWeights | None = None
         self._calls: set[RunningCall] = set()
         self._syncing: set[Member] = set()
+        self._resting = False
+        """No new work until the next version: the device belongs to the learner."""
+        self._asleep: set[Member] = set()
         self._sync_reports: list[Any] = []
 
     async def start(self) -> None:
@@ -105,7 +109,12 @@ class RolloutPool(ActorPool):
     def reserve(self, size: int, accepts_version: Callable[[int], bool]) -> Reservation | None:
         """Room for `size` requests on the least loaded member whose version is acceptable, if there is any."""
         member = self.least_loaded(
-            lambda member: member.in_flight < self._max_in_flight and accepts_version(member.version)
+            lambda member: (
+                not self._resting
+                and member not in self._asleep
+                and member.in_flight < self._max_in_flight
+                and accepts_version(member.version)
+            )
         )
         if member is None:
             return None
@@ -219,10 +228,38 @@ class RolloutPool(ActorPool):
     async def publish(self, weights: PublishedWeights) -> None:
         """Let every member fetch this version while it goes on generating; slow ones skip versions."""
         self._newest = weights
+        self._resting = False
         for member in self.members:
             if member.ready and member not in self._syncing and member.version < weights.manifest.version:
                 self._syncing.add(member)
                 self._spawn(self._sync(member), f"sync {member.index}")
+
+    async def sleep(self) -> None:
+        """Let every member finish what it has, then give its device up until the next version or `wake`."""
+        self._resting = True
+        while self._syncing or any(member.in_flight for member in self.members if member.ready):
+            self.raise_if_broken()
+            await self._wait_for_change()
+        await asyncio.gather(*(self._put_to_sleep(member) for member in self.members if member.ready))
+
+    async def wake(self) -> None:
+        """Serve again at the version of before: there is no new one."""
+        self._resting = False
+        self._asleep.intersection_update(self.members)
+        await asyncio.gather(*(self._wake(member) for member in list(self._asleep)))
+        self.changed.set()
+
+    async def _put_to_sleep(self, member: Member) -> None:
+        self._asleep.add(member)
+        await self._tell(member, member.actor.sleep.remote(), "fall asleep")
+
+    async def _wake(self, member: Member) -> None:
+        await self._tell(member, member.actor.wake.remote(), "wake up")
+        self._asleep.discard(member)
+
+    async def _tell(self, member: Member, ref: Any, what: str) -> None:
+        with contextlib.suppress(ActorLost):  # its replacement starts by itself
+            await self.call(member, [ref], self._sync_timeout_s, f"rollout actor {member.index} to {what}")
 
     async def synchronised(self) -> None:
         """Wait until every ready member serves the newest version."""
@@ -239,6 +276,11 @@ class RolloutPool(ActorPool):
 
     async def _prepare(self, member: Member) -> None:
         await self._sync(member)
+        if self._resting:
+            await self._put_to_sleep(member)
+            await self._sync(member)  # published meanwhile
+            if not self._resting and member in self._asleep:
+                await self._wake(member)
 
     async def _sync(self, member: Member) -> None:
         self._syncing.add(member)
@@ -250,6 +292,7 @@ class RolloutPool(ActorPool):
                 (report,) = await self.call(member, [ref], self._sync_timeout_s, what)
                 self._sync_reports.append(report)
                 member.version = weights.manifest.version
+                self._asleep.discard(member)
                 self.changed.set()
         except ActorLost:
             return

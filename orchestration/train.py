@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 
 from learner.group import LearnerGroup
 from learner.spec import LearnerError
+from orchestration.alternation import AlternatingLearner
 from orchestration.cli import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED
 from orchestration.cluster import connected, labelled_pools, reserve_learner
 from orchestration.config import Config, ConfigError
@@ -173,7 +174,7 @@ class TrainingRun:
             prompt_ids=lambda visit: self.prompts.prompt_ids[visit.row.prompt_id],
             rollout=self.rollout,
             verifier=self.verifier,
-            learner=self.learner,
+            learner=AlternatingLearner(self.learner, self.rollout) if self.config.alternates else self.learner,
             directory=self.directory,
             after_step=self._after_step,
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import os
 import queue
 import threading
 import time
@@ -30,7 +31,7 @@ from rollout.payload import candidate_entropy
 from rollout.request import GroupSummary, RolloutRequest
 from rollout.trajectory import Kind, Trajectory, pack, unpack
 from rollout.transport import Link, make_receiver
-from rollout.weights import WeightManifest
+from rollout.weights import VERSION_VARIABLE, WeightManifest
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -294,7 +295,7 @@ class RolloutActor:
             fetched = time.monotonic()
             await asyncio.wrap_future(self._engine.started)
             pause_s = await asyncio.wrap_future(self._engine.call(lambda engine: _swap(engine, manifest, shards)))
-            self._version = manifest.version
+            self._serve(manifest.version)
         return {
             "version": manifest.version,
             "fetch_s": fetched - started,
@@ -311,13 +312,17 @@ class RolloutActor:
         async with self._update:
             started = time.monotonic()
             await asyncio.wrap_future(self._engine.call(lambda engine: engine.receive_weights(broadcast), vital=True))
-            self._version = manifest.version
+            self._serve(manifest.version)
         return {
             "version": manifest.version,
             "fetch_s": 0.0,
             "pause_s": time.monotonic() - started,
             "num_bytes": sum(manifest.shard_bytes),
         }
+
+    def _serve(self, version: int) -> None:
+        self._version = version
+        os.environ[VERSION_VARIABLE] = str(version)
 
     async def abort(self, request_ids: Sequence[str]) -> int:
         """Stop requests, whose `generate` calls fail; returns how many were running."""
@@ -330,6 +335,14 @@ class RolloutActor:
         None cuts every request. The calls resolve with rows whose finish reason is `cut`.
         """
         return await asyncio.wrap_future(self._engine.cut(request_ids))
+
+    async def sleep(self) -> None:
+        """Give the device's memory up until `wake` or the next weights; fails while requests run."""
+        await asyncio.wrap_future(self._engine.call(SoftEngine.sleep))
+
+    async def wake(self) -> None:
+        """Serve again with the weights of before."""
+        await asyncio.wrap_future(self._engine.call(SoftEngine.wake))
 
     async def stats(self) -> dict[str, float]:
         """Liveness and counters; answers also while the engine is busy or hangs, fails once it has failed."""

@@ -70,6 +70,7 @@ class SoftEngine:
         self._core = self._llm.engine_core
         self._scheduler = self._core.engine_core.scheduler
         self._tasks = self._llm.get_supported_tasks()
+        self.asleep = False
         self._check_soft_path()
 
     def _check_vocabulary(self) -> None:
@@ -108,7 +109,7 @@ class SoftEngine:
 
         spec, params = self.spec, self.params
         on_cpu = spec.device == "cpu"
-        optional: dict[str, Any] = {}
+        optional: dict[str, Any] = {"enable_sleep_mode": True} if spec.sleeps and not on_cpu else {}
         if spec.block_size is not None:
             optional["block_size"] = spec.block_size
         if spec.transport == "nccl":
@@ -176,6 +177,8 @@ class SoftEngine:
 
         Raises `RequestError`; other requests are not affected.
         """
+        if self.asleep:
+            raise RequestError(f"request {request.request_id} came to an engine that is asleep")
         values = resolve_settings(self.spec, request, settings)
         if request.request_id in self._internal:
             raise RequestError(f"request {request.request_id} is already running")
@@ -294,6 +297,26 @@ class SoftEngine:
         """Requests queued or running."""
         return len(self._recordings)
 
+    # --- sleep ---------------------------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Give the device's memory up: weights go to the host, KV is forgotten. The next version wakes the engine.
+
+        Not vLLM's deeper level, which also discards what our sampler keeps beside the weights. Where vLLM has nothing
+        to free (on a CPU) the engine refuses requests all the same.
+        """
+        if self.num_unfinished:
+            raise EngineError(f"an engine with {self.num_unfinished} requests cannot sleep")
+        if not self.asleep:
+            self._core.sleep(level=1)
+            self.asleep = True
+
+    def wake(self) -> None:
+        """Take the memory back, with the weights of before; harmless when awake."""
+        if self.asleep:
+            self._core.wake_up()
+            self.asleep = False
+
     # --- weights and state ----------------------------------------------------------------------------------------
 
     def load_weights(self, manifest: WeightManifest, shards: Sequence[np.ndarray]) -> None:
@@ -302,6 +325,7 @@ class SoftEngine:
         Bytes must have been verified (`rollout.weights.verify_shards`): a torn version is refused before the first
         tensor is touched only by that check.
         """
+        self.wake()
         self._swapped(self._core.collective_rpc("load_policy", args=(manifest, list(shards))))
 
     def receive_weights(self, broadcast: Broadcast) -> None:

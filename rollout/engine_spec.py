@@ -67,6 +67,8 @@ class EngineSpec:
     """How weight updates arrive; the learner must send the same way."""
     initial_version: int = 0
     """Policy version of the checkpoint at `model_path`."""
+    sleeps: bool = False
+    """It shares its GPU with a learner rank and gives the memory up while that trains."""
 
 
 def engine_environment(spec: EngineSpec) -> dict[str, str]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_SHARD_BYTES = 256 * 2**20
+VERSION_VARIABLE = "SOFTGRPO_POLICY_VERSION"
+"""Environment variable in which a process keeps the policy version that it works with, for its log lines."""
 ALIGNMENT = 64
 """Bytes; every tensor starts at a multiple of it, as the widest vector loads like it."""
 

@@ -75,6 +75,29 @@ def test_bf16_weights_are_exact_in_fp32(tmp_path: Path) -> None:
     engine.shutdown()
 
 
+def test_a_sleeping_engine_gives_its_memory_to_others(tmp_path: Path) -> None:
+    """As a learner on the same GPU needs it: half of the device freed, the same answers after, then new weights."""
+    directory = build_qwen2(tmp_path, tied=True)
+    engine = SoftEngine(gpu_spec(directory, sleeps=True, kv_cache_memory_bytes=None))
+    before = generate(engine, 4, max_new_tokens=40, thinking_budget=20)
+    awake_bytes, total_bytes = torch.cuda.mem_get_info()
+    engine.sleep()
+    asleep_bytes, _ = torch.cuda.mem_get_info()
+    assert asleep_bytes - awake_bytes > 0.3 * total_bytes
+    taken = torch.empty(int(0.4 * total_bytes), dtype=torch.uint8, device="cuda")
+    del taken
+    torch.cuda.empty_cache()
+    engine.wake()
+    after = generate(engine, 4, max_new_tokens=40, thinking_budget=20)
+    assert [t.response_ids.tolist() for t in after] == [t.response_ids.tolist() for t in before]
+    engine.sleep()
+    model = reference_model(directory)
+    changed(model, seed=4)
+    engine.load_weights(*bundle(model, 1))
+    assert {int(t.versions.min()) for t in generate(engine, 4, max_new_tokens=10)} == {1}
+    engine.shutdown()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_ranks(tmp_path: Path) -> None:
     directory = build_qwen2(tmp_path, tied=True, kv_heads=2)

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from orchestration import logs
+from orchestration.plan import as_member
+from rollout.weights import VERSION_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,7 +26,7 @@ def untouched_root() -> Iterator[None]:
     handlers, level = root.handlers[:], root.level
     yield
     root.handlers[:], root.level = handlers, level
-    os.environ.pop(logs.VERSION_VARIABLE, None)
+    os.environ.pop(VERSION_VARIABLE, None)
 
 
 def lines_of(pool: str, rank: int | None, monkeypatch: pytest.MonkeyPatch, fmt: str = "text") -> io.StringIO:
@@ -141,6 +143,14 @@ logging.info("here")
     environment = {**os.environ, logs.POOL_VARIABLE: "learner", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stderr.strip().endswith("I learner[3] v7 root: here")
+
+
+def test_pool_members_are_told_their_index() -> None:
+    options = {"num_cpus": 1, "runtime_env": {"env_vars": {logs.POOL_VARIABLE: "verifier"}}}
+    assert as_member(options, 2) == {
+        "num_cpus": 1,
+        "runtime_env": {"env_vars": {logs.POOL_VARIABLE: "verifier", logs.RANK_VARIABLE: "2"}},
+    }
 
 
 @pytest.mark.slow

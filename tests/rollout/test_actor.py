@@ -95,6 +95,33 @@ def test_torn_weights_leave_the_old_version(parity_model_dir: Path) -> None:
     run(test, parity_model_dir)
 
 
+def test_an_engine_that_sleeps_serves_nothing_until_it_is_woken(parity_model_dir: Path) -> None:
+    """What frees the memory is vLLM's on a GPU; that nothing runs meanwhile is ours everywhere."""
+    model = changed(reference_model(parity_model_dir), seed=2)
+
+    async def test(started: RolloutActor) -> None:
+        running = asyncio.create_task(started.generate(group("a")))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineError, match="an engine with 4 requests cannot sleep"):
+            await started.sleep()
+        before, _ = await running
+        await started.sleep()
+        await started.sleep()
+        await started.wake()
+        again, _ = await started.generate(group("a"))
+        assert [t.response_text for t in unpack(again)] == [t.response_text for t in unpack(before)]
+        await started.sleep()
+        manifest, shards = bundle(model, 5)
+        await started.update_weights([Link(manifest, None)], [ref(shard) for shard in shards])
+        _, summary = await started.generate(group("b"))
+        assert summary.oldest_version == 5
+        await started.sleep()
+        with pytest.raises(RequestError, match="came to an engine that is asleep"):
+            await started.generate(group("c"))
+
+    run(test, parity_model_dir)
+
+
 def test_refusals_and_aborts_end_only_their_group(parity_model_dir: Path) -> None:
     async def test(started: RolloutActor) -> None:
         good = asyncio.create_task(started.generate(group("good")))
