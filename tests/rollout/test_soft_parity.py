@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +15,9 @@ import pytest
 import torch
 
 from rollout.engine import SoftEngine
+from rollout.soft_token import mix_embeddings, sample_soft_tokens
 from rollout.trajectory import Kind, Trajectory
+from tests.conftest import ROOT
 from tests.rollout.conftest import Case, EngineFactory, base_spec, mixed_cases, reference_model, run
 from tests.rollout.naive_loop import Position
 from tests.rollout.test_engine_weights import bundle, changed
@@ -172,12 +177,57 @@ def test_an_update_and_back(start_engine: EngineFactory, cases: list[Case], pari
     assert all((trajectory.versions == 2).all() for trajectory in found.values())
 
 
+def test_cut_with_a_step_in_flight(
+    start_engine: EngineFactory, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut and continued four times while the engine runs one step ahead, as on a GPU: what was in flight is drawn
+    again."""
+    by_id = {case.request.request_id: case for case in cases}
+    num_continued = 0
+    with asynchronous_scheduling(monkeypatch), start_engine() as engine:
+
+        def cut(number: int) -> None:
+            nonlocal num_continued
+            if number in (5, 18, 40, 70):
+                for prefix in engine.abort(list(by_id)):
+                    case = by_id[prefix.request_id]
+                    engine.add(case.request, prefix=prefix, settings=case.settings)
+                    num_continued += len(prefix.response_ids) > 0
+
+        assert_parity(cases, run(engine, cases, between_steps=cut))
+    assert num_continued >= 20
+
+
+def take_the_path_of_a_gpu(engine: SoftEngine) -> Any:
+    """Static shapes, masks and the buffer that graphs replay from, not the host's partition of rows; the runner."""
+    runner = engine._core.engine_core.model_executor.driver_worker.worker.model_runner
+    state = runner.model_state
+    state._static_embeds = torch.zeros(state.max_num_tokens, state.inputs_embeds_size)
+    state._on_host = runner.sampler._on_host = False
+    return runner
+
+
 def test_the_static_path_of_a_gpu(start_engine: EngineFactory, cases: list[Case]) -> None:
-    """What runs on a GPU (static shapes, masks, the buffer that graphs replay from), on a CPU: no host partition."""
     with start_engine(kv_cache_memory_bytes=24 * BLOCK_BYTES) as engine:
-        runner = engine._core.engine_core.model_executor.driver_worker.worker.model_runner
-        state = runner.model_state
-        state._static_embeds = torch.zeros(state.max_num_tokens, state.inputs_embeds_size)
-        state._on_host = runner.sampler._on_host = False
+        take_the_path_of_a_gpu(engine)
         assert_parity(cases, run(engine, cases))
         assert engine.stats()["engine/resumed"] >= 1
+
+
+@pytest.mark.chaos
+def test_compiled_as_on_a_gpu(parity_model_dir: Path) -> None:
+    """Sampler and mixture through the compiler, in a process of its own: on a CPU engines switch the compiler off."""
+    script = f"from {__name__} import compiled_parity; compiled_parity({str(parity_model_dir)!r})"
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def compiled_parity(model_dir: str) -> None:
+    cases = mixed_cases(reference_model(Path(model_dir)), base_spec(Path(model_dir)), count=64, seed=7)
+    engine = SoftEngine(base_spec(Path(model_dir)))
+    runner = take_the_path_of_a_gpu(engine)
+    runner.model_state._mix_rows = torch.compile(mix_embeddings, dynamic=True)
+    runner.sampler._fused = torch.compile(sample_soft_tokens, dynamic=True)
+    assert_parity(cases, run(engine, cases))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2, "nothing was compiled"
