@@ -39,11 +39,7 @@ class BroadcastPool(RolloutPool):
         self._newest = weights
         members = [member for member in self.members if member.ready and member not in self._syncing]
         if members:
-            self._syncing.update(members)
-            try:
-                await self._broadcast(weights, members)
-            finally:
-                self._syncing.difference_update(members)
+            await self._broadcast(weights, members)
         await super().publish(weights)
 
     async def _broadcast(self, weights: PublishedWeights, members: list[Member]) -> None:
