@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from orchestration.failures import ActorLost, DeadlineExceeded, InputLost, within
+from orchestration.failures import ActorLost, DeadlineExceeded, InputLost, one_line, within
 from orchestration.pools import ActorPool, Member
 from rollout.full_store import StoreFull
 from rollout.request import GroupSummary, RolloutRequest
@@ -178,6 +178,7 @@ class RolloutPool(ActorPool):
         return self.least_loaded(
             lambda member: (
                 member is not room.member
+                and member not in self._asleep
                 and member.version >= room.version
                 and not (with_room and member.in_flight >= self._max_in_flight)
             )
@@ -193,7 +194,7 @@ class RolloutPool(ActorPool):
             if self._leaves(member):
                 ray.kill(member.actor)
             else:
-                self.lose(member, str(error).splitlines()[0], "cut")
+                self.lose(member, one_line(error), "cut")
         finally:
             running.being_cut = False
 
