@@ -29,7 +29,9 @@ __all__ = ["LearnerError", "LearnerGroup", "LearnerSpec", "PublishedWeights", "R
 
 logger = logging.getLogger(__name__)
 
-PLACE_POLL_S = 0.5
+NODE_LOSS_S = 60.0
+"""Within this time Ray has noticed a lost node: by default it gives one up after five health checks in 16 s."""
+PLACE_POLL_S = 1.0
 SETTLE_S = 2.0
 """After a first failure the other ranks get this long to fail too: the dead rank names the cause, its peers echo it."""
 
@@ -60,19 +62,37 @@ class LearnerGroup:
 
         Raises `LearnerError` if a rank fails or `startup_timeout_s` passes (also while Ray finds no place for it).
         """
-        import ray
-
         self.kill()
         self.generation += 1
         deadline = time.monotonic() + self.spec.startup_timeout_s
-        await self._wait_for_place(deadline)
-        options = {"max_restarts": 0, "max_task_retries": 0, **self._rank_options}
-        actor_class = ray.remote(LearnerRank)
-        self._ranks = [actor_class.options(**options).remote(self.spec, rank) for rank in range(self.spec.world_size)]
-        master = (await self._collect("rendezvous", [self._ranks[0].rendezvous.remote()], deadline))[0]
+        master = await self._place_ranks(deadline)
         place = None if checkpoint is None else str(checkpoint)
         facts = await self._collect("start", [rank.start.remote(master, place) for rank in self._ranks], deadline)
         return {**facts[0], "pids": [fact["pid"] for fact in facts], "generation": self.generation}
+
+    async def _place_ranks(self, deadline: float) -> tuple[str, int]:
+        """Create the ranks; address and port of the first.
+
+        Until Ray has noticed that a node is lost it sends ranks there, which die at once: not a failure of the learner.
+        """
+        import ray
+
+        options = {"max_restarts": 0, "max_task_retries": 0, **self._rank_options}
+        actor_class = ray.remote(LearnerRank).options(**options)
+        noticed = min(deadline, time.monotonic() + NODE_LOSS_S)
+        while True:
+            await self._wait_for_place(deadline)
+            self._ranks = [actor_class.remote(self.spec, rank) for rank in range(self.spec.world_size)]
+            try:
+                master: tuple[str, int]
+                (master,) = await self._collect("rendezvous", [self._ranks[0].rendezvous.remote()], deadline)
+                return master
+            except LearnerError as error:
+                known = self.generation == 1 or not isinstance(error.__cause__, ray.exceptions.RayActorError)
+                if known or time.monotonic() > noticed:
+                    raise
+                logger.warning("%s (is its node lost? trying again)", error)
+                await asyncio.sleep(PLACE_POLL_S)
 
     async def _wait_for_place(self, deadline: float) -> None:
         """Until Ray has moved what was reserved on a lost node: a rank that is sent there dies at once."""

@@ -49,6 +49,8 @@ class Member:
     actor: Any
     version: int = 0
     """Policy version that it serves (rollout members)."""
+    failed_starts: int = 0
+    """Actors before it, one after another, that never served."""
     ready: bool = False
     stats: dict[str, Any] = field(default_factory=dict)
     """Its counters at the last ping: no change while it has work is no progress."""
@@ -146,10 +148,21 @@ class ActorPool:
                 del self._members[member.index]
                 self._spawn(self._let_finish(member, self._idle_deadline_s), f"retire {member.index}")
 
-    def _add(self, index: int) -> None:
-        member = Member(index, self._create(index))
+    def _add(self, index: int, failed_starts: int = 0) -> None:
+        member = Member(index, self._create(index), failed_starts=failed_starts)
         self._members[index] = member
         self._spawn(self._replace(member), f"start {index}")
+
+    async def _add_later(self, lost: Member) -> None:
+        """The next one after some that did not start, later each time.
+
+        Until Ray has noticed that a node is lost (16 s by default) it sends actors there: they die at once, and would
+        spend the whole budget in that time.
+        """
+        failed_starts = lost.failed_starts + 1
+        await asyncio.sleep(RESTART_PAUSE_S * 4 ** min(failed_starts, 2))
+        if self._members.get(lost.index) is lost:
+            self._add(lost.index, failed_starts)
 
     def least_loaded(self, accept: Callable[[Member], bool] = lambda member: True) -> Member | None:
         """The ready member with the fewest requests among those accepted."""
@@ -196,7 +209,10 @@ class ActorPool:
             return
         self._restarts_left -= 1
         self.counts["restarts"] += 1
-        self._add(member.index)
+        if cause == "start":
+            self._spawn(self._add_later(member), f"start {member.index} later")
+        else:
+            self._add(member.index)
 
     def retire(self, member: Member, seconds: float) -> None:
         """Replace a member that still works but whose node goes in `seconds`: it may finish what it has until then.
