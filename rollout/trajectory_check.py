@@ -52,6 +52,9 @@ def validate(
 def _problems(parts: Columns, vocabulary_size: int) -> Iterator[tuple[int, str, str]]:
     """(row, column, reason), lengths first."""
     yield from _length_problems(parts)
+    for row, reason in enumerate(parts.scalars["finish_reason"]):
+        if reason == "cut":
+            yield row, "finish_reason", "cut: the response goes on in another batch"
     for column in ("prompt_ids", "response_ids", "candidate_ids"):
         ids = parts.flat[column]
         outside = (ids < 0) | (ids >= vocabulary_size)

@@ -216,6 +216,7 @@ def changed(column: str, index: int | tuple[int, int], value: float) -> Trajecto
         (changed("candidate_logprobs", (1, 1), 0.5), "candidate_logprobs", "positive"),
         (changed("censor_threshold", 0, np.inf), "censor_threshold", "infinite"),
         (changed("kinds", 7, 9), "kind_runs", "unknown kind"),
+        (dataclasses.replace(make(1), finish_reason="cut"), "finish_reason", "goes on"),
     ],
 )
 def test_bad_rows_are_named_and_the_others_kept(bad: Trajectory, column: str, reason: str) -> None:
