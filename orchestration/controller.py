@@ -325,7 +325,6 @@ class Controller:
         self._metrics.update(learned)
         self._metrics.add("time/train_s", _now() - started)
         await self._publish(version + 1)
-        self.step += 1
         self._setbacks = 0
         self._no_room_since = None
         metrics, self._metrics = self._metrics, StepMetrics()
@@ -342,6 +341,7 @@ class Controller:
         for group_id in self.slots.publish(version):
             self._uncommitted.append(self._visits.pop(group_id))
             del self._complete[group_id]
+        self.step += 1  # with its groups and its version: whatever fails from here on, a checkpoint fits the learner
         await self.parts.rollout.publish(weights)
         self._metrics.add("time/publish_s", _now() - started)
         self._changed.set()

@@ -290,6 +290,9 @@ class TrainingRun:
         """After an error outside the learner its state is still good: keep it."""
         if self.controller is None or not self.learner.alive:
             return
+        if self.controller.slots.training:
+            logger.error("no checkpoint at the end: the learner is in the middle of a step that has no version yet")
+            return
         self.controller.request_stop()
         try:
             async with asyncio.timeout(self.config.checkpoint.stop_grace_s):

@@ -203,6 +203,27 @@ def test_a_full_object_store_slows_the_run_and_ends_it_at_the_deadline(tmp_path:
     assert len(simulation.learner.trained) == len(set(simulation.learner.trained)) == 24
 
 
+def test_a_failure_while_publishing_leaves_a_state_that_fits_the_learner(tmp_path: Path) -> None:
+    """What the learner has trained, and what the driver would write beside it, are of the same step."""
+
+    def fail_at_three(simulation: Simulation) -> None:
+        publish = simulation.rollout.publish
+
+        async def sometimes(weights):
+            if weights.manifest.version == 3:
+                raise RunError("the engines are gone")
+            await publish(weights)
+
+        simulation.rollout.publish = sometimes
+
+    simulation = Simulation(simulated_config(tmp_path, steps=6), prepare=fail_at_three)
+    with pytest.raises(RunError, match="engines are gone"):
+        simulation.run()
+    assert not simulation.controller.slots.training
+    state = simulation.controller._state()
+    assert len(simulation.learner.trained) == 4 * state.step == state.counts["trained"]
+
+
 def full_disk(after_step: int, lasts: int) -> Callable[[Simulation], None]:
     """The next `lasts` checkpoints after that step cannot be written."""
 
