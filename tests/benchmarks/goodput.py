@@ -113,9 +113,7 @@ def _check(stopped: Run, kills: list[Kill]) -> None:
     repeated = len(lines) - len({line["step"] for line in lines})
     assert repeated <= CHECKPOINT_EVERY * deaths.count("ray::LearnerRank"), f"{repeated} steps were repeated"
     for victim, pool in POOLS.items():
-        assert lines[-1].get(f"failures/{pool}_restarts", 0) == deaths.count(victim), (
-            f"{pool}: not one restart per kill"
-        )
+        assert lines[-1].get(f"failures/{pool}_restarts", 0) >= deaths.count(victim), f"{pool}: a kill went unnoticed"
 
 
 def _row(legs: Legs, lines: list[dict[str, Any]], borders: list[float], kills: list[Kill]) -> Row:
