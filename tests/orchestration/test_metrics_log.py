@@ -80,7 +80,16 @@ def test_a_full_disk_delays_lines_and_loses_none(
     assert log.flush()
     log.close()
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
-    assert "cannot write" in caplog.text
+    assert caplog.text.count("cannot write") == 1, "once for the whole outage"
+
+
+def test_a_run_that_ends_on_a_full_disk_says_what_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", attempt=1)
+    log._file = FullDisk(log._file, room=0)
+    for step in range(5):
+        log.append({"a/b": step}, step)
+    log.close()
+    assert "the disk did not take the last 5 lines" in caplog.text
 
 
 class FullDisk:
