@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+import tomllib
 import types
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,15 @@ def recipe_arguments(arguments: list[str]) -> None:
 
 
 def test_only_known_programs_are_shown() -> None:
-    known = EXTERNAL | {"softgrpo", "make", "ray"}
+    known = EXTERNAL | {"softgrpo", "make", "ray", "pip"}
     assert {words[0] for _, words in commands()} <= known
+
+
+def test_extras_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = [text for words in of_program("pip") for word in words for text in re.findall(r"\.\[(.+)\]", word)]
+    named = {extra for text in found for extra in text.split(",")}
+    assert named and named <= set(project["optional-dependencies"])
 
 
 @pytest.mark.parametrize("words", of_program("softgrpo"), ids=" ".join)

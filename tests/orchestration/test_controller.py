@@ -317,10 +317,25 @@ def test_a_verifier_that_stays_broken_ends_the_run(tmp_path: Path) -> None:
     assert 3 <= simulation.controller.step < 8
 
 
-def test_an_alarm_of_one_trains_whatever_comes(tmp_path: Path) -> None:
-    config = simulated_config(tmp_path, steps=3, reward__failure_alarm=1.0)
-    simulation = Simulation(config, prepare=lambda s: setattr(s.verifier, "breaks", lambda group_id: True)).run()
+@pytest.mark.parametrize("on_failure", ["incorrect", "mask"])
+def test_an_answer_whose_grader_failed_counts_as_wrong_or_is_masked(tmp_path: Path, on_failure: str) -> None:
+    """An alarm of 1 trains whatever comes."""
+    found: list[tuple[tuple[float, ...], tuple[bool, ...]]] = []
+
+    def break_one_prompt(simulation: Simulation) -> None:
+        simulation.verifier.breaks = lambda group_id: group_id.startswith("p7@")
+        train = simulation.learner.train
+
+        async def watched(groups, step):
+            found.extend((group.rewards, group.keep) for group in groups if group.group_id.startswith("p7@"))
+            return await train(groups, step)
+
+        simulation.learner.train = watched
+
+    config = simulated_config(tmp_path, steps=3, reward__failure_alarm=1.0, reward__on_failure=on_failure)
+    simulation = Simulation(config, prepare=break_one_prompt, prompts=12).run()
     assert simulation.controller.slots.counts["trained"] == 12
+    assert found == [((0.0, 0.0), (on_failure == "incorrect",) * 2)]
 
 
 @settings(max_examples=40, deadline=None)
