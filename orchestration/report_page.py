@@ -33,7 +33,7 @@ CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ..
     ("responses cut off, verifier failures", ("rollout/truncated", "reward/failures"), (0.0, None)),
     ("tokens per second", ("throughput/tokens_per_s",), (0.0, None)),
     ("groups with signal", ("reward/groups_with_signal",), (0.0, 1.0)),
-    ("learner waiting, share of the step", ("idle/learner",), (0.0, 1.0)),
+    ("idle share of each pool", ("idle/rollout", "idle/verifier", "idle/learner"), (0.0, 1.0)),
 )
 
 
