@@ -65,7 +65,7 @@ def measure(legs: Legs) -> Row:
         finally:
             if disturbed.process.poll() is None:
                 disturbed.process.send_signal(signal.SIGTERM)
-        assert disturbed.wait(60) == 75, disturbed.tail()
+        assert disturbed.wait(180) == 75, disturbed.tail()
         _check(disturbed, kills)
         return _row(legs, disturbed.metrics(), borders, kills)
 
@@ -94,6 +94,7 @@ def _start(folder: Path) -> Run:
         rollout__num_actors=ACTORS,
         reward__num_actors=ACTORS,
         checkpoint__every_steps=CHECKPOINT_EVERY,
+        checkpoint__stop_grace_s=60,
         learner__learning_rate=1e-6,
         tracking={"mlflow": False, "trajectories_every": 0},
     )

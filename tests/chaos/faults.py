@@ -39,6 +39,22 @@ def ledger(run: Run, steps: int, groups_per_step: int, bound: int = 1) -> dict[s
     return counts
 
 
+def go_on(run: Run, steps: int) -> None:
+    """Until so many more steps were committed."""
+    reached = run.metrics()[-1]["step"]
+    run.wait_until(lambda: run.metrics()[-1]["step"] >= reached + steps, f"{steps} steps beyond {reached}")
+
+
+def stop(run: Run, groups_per_step: int, bound: int = 1) -> dict[str, int]:
+    """End a run of no fixed length by a signal; the ledger of the checkpoint that it leaves.
+
+    The recipe should give it `checkpoint.stop_grace_s` for a busy machine.
+    """
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait(180) == 75, run.tail()
+    return ledger(run, run.metrics()[-1]["step"], groups_per_step, bound)
+
+
 def balanced(run: Run, steps: int, groups_per_step: int) -> dict[str, int]:
     """The ledger of a finished run: every step trained a full batch, every group ended once; returns the counts."""
     assert not load_state(_checkpoint(run, steps)).pending, "the last step needs all groups that were started"

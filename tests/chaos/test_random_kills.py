@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from orchestration.run_state import load_state
-from tests.chaos.faults import hit, ledger
+from tests.chaos.faults import hit, stop
 from tests.end_to_end.recipes import Run, make_inputs, recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
@@ -52,6 +52,7 @@ DEADLINES: dict[str, Any] = {
     "learner__collective_timeout_s": 60,
     "pipeline__sync_timeout_s": 20,
     "pipeline__max_restarts": 100,
+    "checkpoint__stop_grace_s": 60,
 }
 """Short enough that a hang is noticed soon, long enough for a busy machine."""
 
@@ -91,9 +92,7 @@ class Story:
         for _ in range(kills):
             time.sleep(self.rng.uniform(0.0, 5.0))
             self._strike()
-        self.run.process.send_signal(signal.SIGTERM)
-        assert self.run.wait(90) == 75, self.run.tail()
-        self._check()
+        self._check(stop(self.run, groups_per_step=4, bound=self.bound))
 
     def _strike(self) -> None:
         victim, number, _ = self.rng.choices(BLOWS, weights=[weight for *_, weight in BLOWS])[0]
@@ -132,9 +131,8 @@ class Story:
     def _wait(self, condition: Any, what: str) -> None:
         self.run.wait_until(condition, what, RECOVERY_DEADLINE_S)
 
-    def _check(self) -> None:
+    def _check(self, counts: dict[str, int]) -> None:
         lines = self.run.metrics()
-        counts = ledger(self.run, lines[-1]["step"], groups_per_step=4, bound=self.bound)
         costly = sum("driver" in blow or "LearnerRank" in blow for blow in self.blows)
         setbacks = [max(0, one["step"] - two["step"] + 1) for one, two in itertools.pairwise(lines)]
         assert max(setbacks) <= EVERY, f"{max(setbacks)} steps were repeated at once"
