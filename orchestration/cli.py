@@ -100,12 +100,18 @@ def validate(arguments: Sequence[str]) -> int:
     """`softgrpo validate`: print what a recipe means on this machine; 2 if it could not run."""
     parser = recipe_parser("validate", "Check a recipe, its data and its model; start nothing.")
     namespace = parser.parse_intermixed_args(arguments)
-    from orchestration.config import load_config
+    from orchestration.config import ConfigError, load_config
+    from orchestration.demo_assets import missing_assets_of
     from orchestration.describe import describe
     from orchestration.validate import uses_local_cluster
     from orchestration.validate import validate as validate_config
 
     config = load_config(namespace.config, namespace.overrides)
+    if missing_assets_of(config) is not None:
+        raise ConfigError(
+            f"model.path={config.model.path}: the demo's model and questions are not made yet; `softgrpo demo` makes "
+            "them (and `softgrpo train` with this recipe does)"
+        )
     print(describe(validate_config(config)))
     if not uses_local_cluster(config):
         from orchestration.cluster import describe_cluster

@@ -124,13 +124,19 @@ def ensure_assets(recipe: DemoRecipe, directory: Path, build: Build = build_in_c
 
 def ensure_assets_of(config: Config) -> None:
     """Build the demo's assets where a recipe names them and they are missing, so that `train` needs no `demo` first."""
+    seed = missing_assets_of(config)
+    if seed is not None:
+        ensure_assets(DemoRecipe(seed), Path(config.model.path).parent)
+
+
+def missing_assets_of(config: Config) -> int | None:
+    """The seed of the demo's assets that a recipe names and that are not made yet."""
     path = Path(config.model.path)
     directory = path.parent
     if path.name != "model" or directory.parent != ASSETS_ROOT or _read_stamp(directory):
-        return
+        return None
     prefix, _, seed = directory.name.partition("-")
-    if prefix == "seed" and seed.isdigit():
-        ensure_assets(DemoRecipe(int(seed)), directory)
+    return int(seed) if prefix == "seed" and seed.isdigit() else None
 
 
 def build_assets(recipe: DemoRecipe, directory: Path) -> dict[str, Any]:

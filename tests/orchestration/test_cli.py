@@ -106,6 +106,14 @@ def test_a_configuration_error_is_one_message_before_any_actor(
     assert not (recipe.parent / "run").exists()
 
 
+def test_validate_names_the_command_that_makes_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["validate", "--config", str(ROOT / "configs" / "demo.yaml")]) == EXIT_CONFIG
+    assert "are not made yet; `softgrpo demo` makes them" in capsys.readouterr().err
+
+
 def test_validate_prints_facts(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["validate", "steps=7", "--config", str(recipe), "algorithm.prompts_per_step=2"]
     assert main(arguments) == EXIT_DONE, "overrides may stand before and behind --config"

@@ -36,8 +36,8 @@ def only(findings: Iterable[Finding]) -> Finding:
 def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """Installed versions, editable."""
     changed: dict[str, str | None] = {}
-    real = doctor._installed_version
-    monkeypatch.setattr(doctor, "_installed_version", lambda name: changed[name] if name in changed else real(name))
+    real = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda name: changed[name] if name in changed else real(name))
     return changed
 
 
@@ -52,6 +52,19 @@ def test_wrong_and_missing_packages_are_named(versions: dict[str, str | None]) -
     assert "2.51.0, but <2.61,>=2.60 is needed" in findings["ray"].detail
     assert findings["mlflow"].detail == "is not installed"
     assert all(findings[name].fix and findings[name].state == "fail" for name in ("ray", "mlflow"))
+
+
+def test_an_installation_for_inference_is_no_fault(versions: dict[str, str | None]) -> None:
+    versions.update({"ray": None, "mlflow": None, "deepspeed": None})
+    assert states(doctor.check_packages()) == {"training": "warn", "packages": "ok", "vllm build": "ok"}
+
+
+@pytest.mark.parametrize(("supported", "state"), [(True, "ok"), (False, "warn")])
+def test_a_kernel_without_landlock_is_said(supported: bool, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.landlock, "is_supported", lambda: supported)
+    finding = only(doctor.check_confinement())
+    assert finding.state == state
+    assert bool(finding.fix) is not supported
 
 
 @pytest.mark.parametrize(
