@@ -15,7 +15,7 @@ from orchestration.describe import describe
 from orchestration.validate import Resolved, pool_needs, validate
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
-RECIPES = ("qwen-1.5b", "qwen-7b", "llama-3b", "dirichlet", "gaussian", "grpo-discrete")
+RECIPES = ("qwen-1.5b", "qwen-1.5b-one-gpu", "qwen-7b", "llama-3b", "dirichlet", "gaussian", "grpo-discrete")
 
 
 @pytest.fixture
