@@ -89,6 +89,7 @@ def test_a_cut_group_goes_on_elsewhere(
     async def test() -> None:
         requests = group("on", thinking=thinking)
         whole, _ = await generate(actors[0], requests)
+        drawn_before = num_drawn(actors)
         batch: pa.RecordBatch | None = None
         for number, steps in enumerate(cuts):
             batch, summary = await generate(actors[number % 2], requests, batch, cut_at=steps)
@@ -99,8 +100,14 @@ def test_a_cut_group_goes_on_elsewhere(
         batch, summary = await generate(actors[len(cuts) % 2], requests, batch)
         assert summary.num_cut == 0
         assert_uninterrupted(batch, whole)
+        assert num_drawn(actors) - drawn_before == sum(summary.lengths), "no position was drawn twice"
 
     asyncio.run(test())
+
+
+def num_drawn(actors: tuple[RolloutActor, ...]) -> int:
+    """Tokens that the engines have drawn since they started."""
+    return sum(actor._engine.started.result().num_tokens for actor in actors)
 
 
 def test_the_cuts_above_reach_both_phases(actors: tuple[RolloutActor, RolloutActor]) -> None:
