@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 import time
@@ -65,7 +66,8 @@ def test_a_hung_rank_and_then_a_dead_one_take_the_learner_with_them(inputs: Path
         run.wait_until(lambda gone=ranks: not any(psutil.pid_exists(pid) for pid in gone), "the old ranks to be gone")
         go_on(run, every)
     counts = stop(run, groups_per_step=4)
-    assert "not done after 20 s" in run.log.read_text(encoding="utf-8"), "the hang was noticed by a deadline"
+    log = run.log.read_text(encoding="utf-8")
+    assert re.search(r"not done after 2\d s", log), "a deadline, of the step or of its fetch, noticed the hang"
     repeated = len(run.metrics()) - run.metrics()[-1]["step"]
     assert repeated <= 2 * every and counts["dropped/learner lost"] > 0
 
