@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from learner.spec import BatchesLost, PublishedWeights, Refused, ScoredGroup
-from orchestration.controller import Learner
+from orchestration.parts import Learner
 
 
 class Sleeper(Protocol):

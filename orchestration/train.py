@@ -24,7 +24,7 @@ from orchestration.alternation import AlternatingLearner
 from orchestration.cli import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED
 from orchestration.cluster import connected, labelled_pools, reserve_learner
 from orchestration.config import Config, ConfigError
-from orchestration.controller import Controller, Parts
+from orchestration.controller import Controller
 from orchestration.dataset import PromptStream, Visit, dataset_digest
 from orchestration.draining import DrainWatcher, Resident, node_of, own_node
 from orchestration.evaluate import TwoPools
@@ -34,6 +34,7 @@ from orchestration.logs import also_to, set_policy_version
 from orchestration.metrics_export import MetricsExporter
 from orchestration.mirror import FinalStatus
 from orchestration.model_facts import read_model_facts
+from orchestration.parts import Parts
 from orchestration.plan import make_plan
 from orchestration.progress import Progress
 from orchestration.prompt_tokenizer import PromptTokenizer

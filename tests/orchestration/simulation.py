@@ -18,9 +18,10 @@ from typing import Any
 
 from learner.spec import BatchesLost, LearnerError, PublishedWeights
 from orchestration.config import Config, parse_config
-from orchestration.controller import Controller, Parts
+from orchestration.controller import Controller
 from orchestration.dataset import PromptRow, PromptStream, Visit
 from orchestration.failures import ActorLost
+from orchestration.parts import Parts
 from orchestration.rollout_pool import ROOM_PER_SEAT, Reservation
 from orchestration.run_state import RunDirectory, RunState, load_state
 from orchestration.step_metrics import StepMetrics

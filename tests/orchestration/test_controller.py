@@ -220,7 +220,7 @@ def test_a_failure_while_publishing_leaves_a_state_that_fits_the_learner(tmp_pat
     with pytest.raises(RunError, match="engines are gone"):
         simulation.run()
     assert not simulation.controller.slots.training
-    state = simulation.controller._state()
+    state = simulation.controller._ledger.state(simulation.controller.step)
     assert len(simulation.learner.trained) == 4 * state.step == state.counts["trained"]
 
 

@@ -1,0 +1,114 @@
+"""What a run does where a step or a checkpoint cannot be made: give up as little as possible, and not for ever.
+
+| setback                                        | given up                             | ends the run            |
+|------------------------------------------------|--------------------------------------|-------------------------|
+| too many graders of a batch failed             | complete groups with such answers    | 4 setbacks in a row     |
+| batches of a step went with their node         | those groups                         | 4 setbacks in a row     |
+| the learner died                               | steps since its last checkpoint      | 4 setbacks in a row     |
+| no room in the object store                    | the batch that found none            | `sync_timeout_s`        |
+| no room on the disk                            | a checkpoint                         | the 4th, or the last    |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from learner.spec import BatchesLost, CheckpointNotWritten
+from orchestration.config import Config
+from orchestration.failures import RunError
+from orchestration.ledger import Ledger
+from orchestration.step_metrics import StepMetrics
+from rollout.full_store import PAUSE_S, StoreFull
+
+if TYPE_CHECKING:
+    from reward.verdict import Grade
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_A_ROW = 3
+"""Learner deaths, lost and ungraded batches without a finished step: with more, something breaks every step."""
+MAX_UNWRITTEN_CHECKPOINTS = 3
+"""In a row, while training goes on and somebody may make room on the disk."""
+
+
+class Setbacks:
+    """Those since the last finished step and the last written checkpoint."""
+
+    def __init__(self, config: Config, ledger: Ledger) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._in_a_row = 0
+        self._no_room_since: float | None = None
+        """When a batch found no room in the object store, if no step was finished since."""
+        self._unwritten_checkpoints = 0
+
+    def step_finished(self) -> None:
+        """All is well again."""
+        self._in_a_row = 0
+        self._no_room_since = None
+
+    def checkpoint_written(self) -> None:
+        """The disk is well again."""
+        self._unwritten_checkpoints = 0
+
+    def too_many(self) -> bool:
+        """Count one more; whether the run ought to end with it."""
+        self._in_a_row += 1
+        return self._in_a_row > MAX_IN_A_ROW
+
+    def ungraded(self, group_ids: Sequence[str], step: int, metrics: StepMetrics) -> bool:
+        """Whether too many graders failed for the batch of `step` to teach anything: then all complete groups with such
+        answers are issued again and training waits. Raises `RunError` when that does not help.
+        """
+        complete, alarm = self._ledger.complete, self._config.reward.failure_alarm
+        grades = [grade for group_id in group_ids for grade in complete[group_id].grades]
+        failed = [grade for grade in grades if grade.verdict.is_failure]
+        if len(failed) <= alarm * len(grades):
+            return False
+        problem = (
+            f"step {step}: {len(failed)} of {len(grades)} answers could not be graded, more than "
+            f"reward.failure_alarm={alarm:g}: {_verdicts(failed)}"
+        )
+        if self.too_many():
+            raise RunError(f"{problem}; {self._in_a_row} setbacks in a row, grading again does not help")
+        logger.error("%s; not trained, those groups are issued again", problem)
+        for group_id in [name for name, group in complete.items() if any(g.verdict.is_failure for g in group.grades)]:
+            self._ledger.drop(group_id, "ungraded")
+        metrics.add("failures/ungraded_batches", 1)
+        return True
+
+    def batches_lost(self, error: BatchesLost, step: int, metrics: StepMetrics) -> None:
+        """A node went with batches on it: those groups are generated again, the rest of the batch waits for them."""
+        if self.too_many():
+            raise RunError(f"step {step}: {error}, {self._in_a_row} times in a row") from error
+        logger.warning("step %d: %s", step, error)
+        self._ledger.put_back(error.group_ids)
+        metrics.add("failures/lost_batches", len(error.group_ids))
+
+    async def no_room(self, full: StoreFull, metrics: StepMetrics) -> None:
+        """No room for a batch: its slot stays taken for a while, so that less is in flight until some was trained."""
+        now = asyncio.get_running_loop().time()
+        if self._no_room_since is None:
+            self._no_room_since = now
+        if now - self._no_room_since > self._config.pipeline.sync_timeout_s:
+            raise RunError(f"no step in {now - self._no_room_since:.0f} s for lack of room: {full}") from full
+        logger.warning("%s (generated again)", full)
+        metrics.add("failures/no_room", 1)
+        await asyncio.sleep(PAUSE_S)
+
+    def checkpoint_not_written(self, what: str, error: CheckpointNotWritten, *, needed: bool) -> None:
+        """The disk did not take a checkpoint: an alarm, or `RunError` if it was needed or is one too many."""
+        self._unwritten_checkpoints += 1
+        if needed or self._unwritten_checkpoints > MAX_UNWRITTEN_CHECKPOINTS:
+            raise RunError(f"{what}; {self._unwritten_checkpoints} in a row: make room, then --resume") from error
+        logger.error("%s; training goes on for now: make room", what)
+
+
+def _verdicts(failed: Sequence[Grade]) -> str:
+    """Counts of failed verdicts, and what the last one was about."""
+    counts = Counter(grade.verdict for grade in failed)
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f" (the last: {failed[-1].detail})"
