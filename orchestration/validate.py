@@ -27,6 +27,7 @@ from orchestration.prompt_tokenizer import (
 from reward.audit import audit_gold
 from reward.rules import RuleError
 from reward.verifier import VerifierSpec
+from rollout.vllm_soft import ARCHITECTURES
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ def validate(config: Config) -> Resolved:
         tokenizer = PromptTokenizer(model_dir)
         tokenizer.require_chat_template()
         end_id = _check_end_of_thinking(config, model, tokenizer, warnings)
+        _check_engine(config, model)
         _check_lengths(config, model)
     train = _load(config, config.data.train, tokenizer, missing)
     loaded = [_load(config, dataset, tokenizer, missing) for dataset in config.data.evaluation]
@@ -177,6 +179,20 @@ def _check_end_of_thinking(
             "wherever the model writes it"
         )
     return end_id
+
+
+def _check_engine(config: Config, model: ModelFacts) -> None:
+    if model.architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"model.path={config.model.path}: the architecture {model.architecture} is not among "
+            f"{', '.join(ARCHITECTURES)}; choose a model of these, or add it to rollout/vllm_soft.py"
+        )
+    ranks = config.rollout.tensor_parallel_size
+    if model.num_heads % ranks:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size={ranks} does not divide the {model.num_heads} attention heads of "
+            f"{config.model.path}; choose a divisor"
+        )
 
 
 def _check_lengths(config: Config, model: ModelFacts) -> None:

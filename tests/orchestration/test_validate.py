@@ -96,6 +96,14 @@ def test_a_cache_too_small_for_one_sequence(tiny_model_dir: Path, questions: Pat
         validate(configure(wide, questions, rollout={"kv_cache_memory_mb": 1}))
 
 
+def test_models_that_no_engine_could_start(tiny_model_dir: Path, questions: Path, tmp_path: Path) -> None:
+    other = edited_model(tiny_model_dir, tmp_path / "other", architectures=["MambaForCausalLM"])
+    with pytest.raises(ConfigError, match="architecture MambaForCausalLM is not among LlamaForCausalLM"):
+        validate(configure(other, questions))
+    with pytest.raises(ConfigError, match="tensor_parallel_size=3 does not divide the 2 attention heads"):
+        validate(configure(tiny_model_dir, questions, rollout={"tensor_parallel_size": 3}))
+
+
 def test_a_tokenizer_of_another_model(tiny_model_dir: Path, questions: Path, tmp_path: Path) -> None:
     small = edited_model(tiny_model_dir, tmp_path / "small", vocab_size=60)
     with pytest.raises(ConfigError, match=r"the tokenizer has ids up to 63, the embedding only 60 rows"):
