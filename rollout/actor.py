@@ -324,10 +324,10 @@ class RolloutActor:
         self._version = version
         os.environ[VERSION_VARIABLE] = str(version)
 
-    async def abort(self, request_ids: Sequence[str]) -> int:
-        """Stop requests, whose `generate` calls fail; returns how many were running."""
+    async def abort(self, request_ids: Sequence[str]) -> list[int]:
+        """Stop requests, whose `generate` calls fail; returns the lengths in tokens of those that were running."""
         aborted = await asyncio.wrap_future(self._engine.abort(request_ids))
-        return len(aborted)
+        return [len(trajectory.response_ids) for trajectory in aborted]
 
     async def cut(self, request_ids: Sequence[str] | None = None) -> int:
         """End running `generate` calls at the next step boundary with what they have; returns how many were running.

@@ -34,7 +34,7 @@ class PretendedActor:
         self.stats = SimpleNamespace(remote=self._answer)
         self.generate = SimpleNamespace(options=lambda num_returns: SimpleNamespace(remote=self._generate))
         self.cut = SimpleNamespace(remote=self._cut)
-        self.abort = SimpleNamespace(remote=lambda ids: self.calls.append(("abort", len(ids))))
+        self.abort = SimpleNamespace(remote=self._abort)
 
     async def _answer(self) -> dict[str, int]:
         return {"progress": 0}
@@ -53,6 +53,10 @@ class PretendedActor:
         return GroupSummary(
             "g", tuple(r.request_id for r in GROUP), (1,) * 4, (1,) * 4, 0, 0, 0, 0.0, 0.0, 1.0, num_cut
         )
+
+    async def _abort(self, request_ids: list[str]) -> list[int]:
+        self.calls.append(("abort", len(request_ids)))
+        return [7, 9]
 
     async def _cut(self, request_ids: list[str]) -> int:
         assert request_ids == [request.request_id for request in GROUP]
@@ -209,7 +213,8 @@ def test_a_cancelled_group_is_aborted_where_it_has_gone(run: Callable[..., None]
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
+        await until(lambda: pool.counts["aborted_tokens"] == 16)
         assert first.calls[-1] == ("abort", 4) and second.calls == [None]
-        assert pool.members[0].in_flight == 1
+        assert pool.counts["aborted_requests"] == 2 and pool.members[0].in_flight == 1
 
     run(test)
