@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def untouched_root() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    os.environ.pop(VERSION_VARIABLE, None)  # an actor that another test ran in this process has left one
     yield
     root.handlers[:], root.level = handlers, level
     os.environ.pop(VERSION_VARIABLE, None)
