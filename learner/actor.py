@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from learner.spec import LearnerError, LearnerSpec, ScoredGroup
 from rollout.nccl_transfer import NcclGroup, NcclSender, TransferError
-from rollout.transport import Link, Sender, make_sender
+from rollout.transport import Link, Part, Sender, make_sender
 from rollout.weights import VERSION_VARIABLE
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from learner.trainer import Trainer
     from rollout.weights import WeightManifest
 
@@ -91,7 +89,7 @@ class LearnerRank:
         groups, self._groups = self._groups, []
         return self.trainer.train(groups, step)
 
-    def publish(self, version: int) -> Iterator[np.ndarray | Link]:
+    def publish(self, version: int) -> Iterator[Part | Link]:
         """Yield the parts of the current weights, labelled `version`, the link last; collective, only rank 0 yields.
 
         Raises `LearnerError` instead of the link if a weight is not finite: such a version does not exist.

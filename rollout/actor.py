@@ -30,8 +30,8 @@ from rollout.nccl_transfer import Broadcast
 from rollout.payload import candidate_entropy
 from rollout.request import GroupSummary, RolloutRequest
 from rollout.trajectory import Kind, Trajectory, pack, unpack
-from rollout.transport import Link, make_receiver
-from rollout.weights import VERSION_VARIABLE, WeightManifest
+from rollout.transport import Link, Part, make_receiver
+from rollout.weights import VERSION_VARIABLE, Shard, WeightManifest
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -282,11 +282,11 @@ class RolloutActor:
         """
         loop, manifest, num_bytes = asyncio.get_running_loop(), links[-1].manifest, 0
 
-        def fetch(first: int, count: int) -> list[np.ndarray]:
+        def fetch(first: int, count: int) -> list[Part]:
             nonlocal num_bytes
             future = asyncio.run_coroutine_threadsafe(_gather(part_refs[first : first + count]), loop)
             parts = future.result(_FETCH_DEADLINE_S)
-            num_bytes += sum(part.nbytes for part in parts)
+            num_bytes += sum(data.nbytes for part in parts for data in part)
             return parts
 
         async with self._update:
@@ -317,7 +317,7 @@ class RolloutActor:
             "version": manifest.version,
             "fetch_s": 0.0,
             "pause_s": time.monotonic() - started,
-            "num_bytes": sum(manifest.shard_bytes),
+            "num_bytes": manifest.num_bytes,
         }
 
     def _serve(self, version: int) -> None:
@@ -359,11 +359,11 @@ class RolloutActor:
         return await asyncio.to_thread(self._engine.stop, timeout_s)
 
 
-async def _gather(refs: Sequence[Any]) -> list[np.ndarray]:
+async def _gather(refs: Sequence[Any]) -> list[Part]:
     return list(await asyncio.gather(*refs))
 
 
-def _swap(engine: SoftEngine, manifest: WeightManifest, shards: Sequence[np.ndarray]) -> float:
+def _swap(engine: SoftEngine, manifest: WeightManifest, shards: Sequence[Shard]) -> float:
     started = time.monotonic()
     engine.load_weights(manifest, shards)
     return time.monotonic() - started

@@ -32,7 +32,7 @@ from rollout.trajectory import Kind, Trajectory
 
 if TYPE_CHECKING:
     from rollout.nccl_transfer import Broadcast
-    from rollout.weights import WeightManifest
+    from rollout.weights import Shard, WeightManifest
 
 __all__ = ["EngineError", "EngineSpec", "RequestError", "RequestSettings", "SoftEngine", "engine_environment"]
 
@@ -319,7 +319,7 @@ class SoftEngine:
 
     # --- weights and state ----------------------------------------------------------------------------------------
 
-    def load_weights(self, manifest: WeightManifest, shards: Sequence[np.ndarray]) -> None:
+    def load_weights(self, manifest: WeightManifest, shards: Sequence[Shard]) -> None:
         """Serve another policy version from the next step on; requests and their KV survive.
 
         Bytes must have been verified (`rollout.weights.verify_shards`): a torn version is refused before the first

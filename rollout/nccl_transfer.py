@@ -78,7 +78,7 @@ class Broadcast:
 class TensorDigest:
     """63 bits over tensors in order, computed on the device where they lie; a sum of elements times fixed odd factors.
 
-    For bytes that never come to the host, where BLAKE3 reads them: finds torn, swapped and missing data, not an enemy.
+    For bytes that never come to the host, where XXH3 reads them: finds torn, swapped and missing data, not an enemy.
     """
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ class PolicySource:
     """vLLM's weight source over one version: names and shapes of its manifest, the learner's tensors."""
 
     def __init__(self) -> None:
-        self.manifest = WeightManifest(0, (), (), ())
+        self.manifest = WeightManifest(0, (), ())
         self.weights: Iterator[tuple[str, Tensor]] = iter(())
 
     def metadata(self) -> list[Any]:

@@ -17,32 +17,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from rollout.nccl_transfer import TensorDigest
-from rollout.weights import (
-    MAX_SHARD_BYTES,
-    PackedShard,
-    WeightError,
-    WeightManifest,
-    iterate_shards,
-    make_manifest,
-    verify_shards,
-)
+from rollout.weights import MAX_SHARD_BYTES, Shard, WeightError, WeightManifest, split_into_shards, verify_shards
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Transport = Literal["object_store", "delta", "nccl"]
 Reference = TypeVar("Reference")
-Fetch = Callable[[int, int], Sequence[np.ndarray]]
+Part = Sequence[np.ndarray]
+"""What one object of the store holds: a shard, or what changed in it, with one uint8 array per tensor."""
+Fetch = Callable[[int, int], Sequence[Part]]
 """(first, count) -> these parts, in the order of the chain; blocks, and raises when its deadline passes."""
 
 ANCHOR_EVERY = 16
 _HEADER = 8
-"""Bytes before the changes of a part: their number, int64, or -1 where the whole shard follows."""
+"""Bytes before the changes of a tensor: their number, int64, or -1 where the whole tensor follows."""
 _STRIDE = 65_535
 """Every so many 16-bit words one is sent although it did not change, so that gaps between words fit 16 bits."""
 
@@ -61,21 +56,24 @@ class Link:
     @property
     def num_parts(self) -> int:
         """Parts that this link adds to the chain."""
-        return len(self.manifest.shard_bytes)
+        return self.manifest.num_shards
 
 
 class Sender(Protocol):
     """The learner's end."""
 
-    def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[np.ndarray | Link]:
-        """Yield the parts of a version, the link last; a part is valid until the next one is asked for."""
+    def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Part | Link]:
+        """Yield the parts of a version, the link last; a part is valid until the next one is asked for.
+
+        Tensors must not change meanwhile.
+        """
         ...
 
 
 class Receiver(Protocol):
     """The rollout actor's end."""
 
-    def receive(self, links: Sequence[Link], fetch: Fetch) -> list[np.ndarray]:
+    def receive(self, links: Sequence[Link], fetch: Fetch) -> Sequence[Shard]:
         """The checked shards of the last link's version, valid until the next call; raises `WeightError`."""
         ...
 
@@ -123,29 +121,26 @@ class FullSender:
     """Every version is an anchor; with `digest` its link has the digest of the tensors where they lie."""
 
     def __init__(self, *, max_shard_bytes: int = MAX_SHARD_BYTES, digest: bool = False) -> None:
-        # Two: one is hashed and put away while the other is filled.
-        self._buffers = [np.empty(max_shard_bytes, np.uint8) for _ in range(2)]
+        self._max_shard_bytes = max_shard_bytes
         self._digest = digest
 
-    def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[np.ndarray | Link]:
+    def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Part | Link]:
         """Yield the shards, the link last."""
-        packed, digest = [], TensorDigest() if self._digest else None
-        tensors = tensors if digest is None else digest.watch(tensors)
-        for shard in iterate_shards(tensors, max_shard_bytes=len(self._buffers[0]), buffers=self._buffers):
-            yield shard.data
-            packed.append(shard)
-        yield Link(make_manifest(version, packed), None, None if digest is None else digest.value())
+        digest = TensorDigest() if self._digest else None
+        watched = tensors if digest is None else digest.watch(tensors)
+        manifest = yield from split_into_shards(version, watched, max_shard_bytes=self._max_shard_bytes)
+        yield Link(manifest, None, None if digest is None else digest.value())
 
 
 class FullReceiver:
     """Checks the shards where they lie in the object store."""
 
-    def receive(self, links: Sequence[Link], fetch: Fetch) -> list[np.ndarray]:
+    def receive(self, links: Sequence[Link], fetch: Fetch) -> Sequence[Shard]:
         """The shards of the last link, which must be an anchor."""
         if links[-1].base_version is not None:
             raise WeightError(f"version {links[-1].manifest.version} is a delta: set the same transport on both ends")
         first = sum(link.num_parts for link in links[:-1])
-        shards = list(fetch(first, links[-1].num_parts))
+        shards = fetch(first, links[-1].num_parts)
         verify_shards(links[-1].manifest, shards)
         return shards
 
@@ -154,66 +149,63 @@ class DeltaSender:
     """Sends the 16-bit words that changed since the last version; keeps one copy of the weights to compare with."""
 
     def __init__(self, *, max_shard_bytes: int = MAX_SHARD_BYTES, anchor_every: int = ANCHOR_EVERY) -> None:
-        self._buffers = [np.empty(max_shard_bytes, np.uint8) for _ in range(2)]
+        self._max_shard_bytes = max_shard_bytes
         self._anchor_every = anchor_every
-        self._last: list[np.ndarray] = []
+        self._last: list[Shard] = []
         self._manifest: WeightManifest | None = None
         self._since_anchor = 0
 
-    def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[np.ndarray | Link]:
+    def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Part | Link]:
         """Yield one part per shard, the link last; an anchor at first, when due, and after an unfinished version."""
         base, self._manifest = self._manifest, None
-        anchor = base is None or self._since_anchor + 1 >= self._anchor_every
-        packed = []
-        for number, shard in enumerate(self._shards(tensors)):
-            if base is not None and not anchor:
-                _same_layout(base, number, shard)
-            if number == len(self._last):
-                self._last.append(shard.data.copy())
-                yield self._last[number]
-            elif anchor:
-                self._last[number] = _replace(self._last[number], shard.data)
-                yield self._last[number]
-            else:
-                yield encode_changes(self._last[number], shard.data)
-                np.copyto(self._last[number], shard.data)
-            packed.append(shard)
-        del self._last[len(packed) :]
-        manifest = make_manifest(version, packed)
-        if base is not None and not anchor and manifest.entries != base.entries:
-            raise WeightError(f"version {version}: fewer tensors than in version {base.version}; the next is an anchor")
+        if base is not None and self._since_anchor + 1 >= self._anchor_every:
+            base = None
+        encode = self._whole if base is None else self._changes
+        manifest = yield from split_into_shards(version, tensors, max_shard_bytes=self._max_shard_bytes, encode=encode)
+        del self._last[manifest.num_shards :]
+        if base is not None and manifest.entries != base.entries:
+            raise WeightError(f"version {version}: other tensors than in version {base.version}; the next is an anchor")
         self._manifest = manifest
-        self._since_anchor = 0 if anchor else self._since_anchor + 1
-        yield Link(manifest, None if anchor or base is None else base.version)
+        self._since_anchor = 0 if base is None else self._since_anchor + 1
+        yield Link(manifest, None if base is None else base.version)
 
-    def _shards(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[PackedShard]:
-        return iterate_shards(tensors, max_shard_bytes=len(self._buffers[0]), buffers=self._buffers)
+    def _whole(self, number: int, shard: Shard) -> Part:
+        self._last[number : number + 1] = [_copied(shard, self._held(number))]
+        return shard
+
+    def _changes(self, number: int, shard: Shard) -> Part:
+        last = self._held(number)
+        if _sizes(last) != _sizes(shard):
+            raise WeightError(f"shard {number}: other tensors than in the version before; the next is an anchor")
+        part = [encode_changes(old, new) for old, new in zip(last, shard, strict=True)]
+        _copied(shard, last)
+        return part
+
+    def _held(self, number: int) -> Shard:
+        return self._last[number] if number < len(self._last) else ()
 
 
-def _same_layout(base: WeightManifest, number: int, shard: PackedShard) -> None:
-    entries = tuple(entry for entry in base.entries if entry.shard == number)
-    if entries != shard.entries:
-        raise WeightError(
-            f"shard {number}: other tensors than in version {base.version}; the next version is an anchor"
-        )
+def _sizes(shard: Shard) -> list[int]:
+    return [len(data) for data in shard]
 
 
-def _replace(held: np.ndarray, data: np.ndarray) -> np.ndarray:
-    """`held` with the bytes of `data`, in the same memory if they fit."""
-    if len(held) != len(data):
-        return data.copy()
-    np.copyto(held, data)
-    return held
+def _copied(shard: Shard, memory: Shard) -> Shard:
+    """A copy of `shard`, in the memory of another one if that has the same sizes."""
+    if _sizes(shard) != _sizes(memory):
+        return [data.copy() for data in shard]
+    for old, new in zip(memory, shard, strict=True):
+        np.copyto(old, new)
+    return memory
 
 
 class DeltaReceiver:
     """Holds one copy of the weights and applies the links it missed, all of them if it holds none."""
 
     def __init__(self) -> None:
-        self._shards: list[np.ndarray] = []
+        self._shards: list[Shard] = []
         self._version: int | None = None
 
-    def receive(self, links: Sequence[Link], fetch: Fetch) -> list[np.ndarray]:
+    def receive(self, links: Sequence[Link], fetch: Fetch) -> Sequence[Shard]:
         """The shards of the last link's version.
 
         A copy that does not check out is thrown away and rebuilt from the anchor, once.
@@ -226,7 +218,7 @@ class DeltaReceiver:
                 self._version = None
         return self._apply(links, 0, fetch)
 
-    def _apply(self, links: Sequence[Link], start: int, fetch: Fetch) -> list[np.ndarray]:
+    def _apply(self, links: Sequence[Link], start: int, fetch: Fetch) -> Sequence[Shard]:
         """Apply links[start:] and check the result; while bytes are half-written this object holds no version."""
         held, self._version = self._version, None
         first = sum(link.num_parts for link in links[:start])
@@ -234,7 +226,8 @@ class DeltaReceiver:
             parts = fetch(first, link.num_parts)
             first += link.num_parts
             if link.base_version is None:
-                self._take(parts)
+                memory = self._shards[: len(parts)]
+                self._shards = [_copied(part, old) for part, old in zip_longest(parts, memory, fillvalue=())]
             else:
                 self._change(link, parts, held)
             held = link.manifest.version
@@ -242,17 +235,18 @@ class DeltaReceiver:
         self._version = held
         return self._shards
 
-    def _take(self, parts: Sequence[np.ndarray]) -> None:
-        """Copy an anchor, into the memory of the copy that it replaces."""
-        held = self._shards[: len(parts)]
-        self._shards = [_replace(old, part) for old, part in zip(held, parts, strict=False)]
-        self._shards += [part.copy() for part in parts[len(held) :]]
-
-    def _change(self, link: Link, parts: Sequence[np.ndarray], held: int | None) -> None:
-        if link.base_version != held or len(parts) != len(self._shards):
-            raise WeightError(f"version {link.manifest.version} changes version {link.base_version}, held is {held}")
-        for number, (shard, part) in enumerate(zip(self._shards, parts, strict=True)):
-            apply_changes(shard, part, f"version {link.manifest.version}, shard {number}")
+    def _change(self, link: Link, parts: Sequence[Part], held: int | None) -> None:
+        manifest = link.manifest
+        if link.base_version != held:
+            raise WeightError(f"version {manifest.version} changes version {link.base_version}, held is {held}")
+        arrays, changes = list(chain.from_iterable(self._shards)), list(chain.from_iterable(parts))
+        if not len(arrays) == len(changes) == len(manifest.entries):
+            raise WeightError(
+                f"version {manifest.version}: changes of {len(changes)} tensors, it has {len(manifest.entries)}, "
+                f"held are {len(arrays)}"
+            )
+        for entry, data, change in zip(manifest.entries, arrays, changes, strict=True):
+            apply_changes(data, change, f"version {manifest.version}, tensor {entry.name}")
 
 
 def encode_changes(old: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -268,28 +262,27 @@ def encode_changes(old: np.ndarray, new: np.ndarray) -> np.ndarray:
         return np.concatenate([_header(-1), new])
     tail = new[2 * len(new_words) :]  # an odd last byte is always sent
     gaps = np.diff(where, prepend=0).astype(np.uint16)
-    parts = [_header(len(where)), gaps.view(np.uint8), new_words[where].view(np.uint8), tail]
-    return np.concatenate(parts)
+    return np.concatenate([_header(len(where)), gaps.view(np.uint8), new_words[where].view(np.uint8), tail])
 
 
-def apply_changes(shard: np.ndarray, part: np.ndarray, name: str) -> None:
-    """Turn `shard` ([n] uint8, writable) into the version that `part` was encoded for; checks sizes, not contents."""
-    if len(part) < _HEADER:
-        raise WeightError(f"{name}: a part of {len(part)} bytes is torn")
-    count, body = int(part[:_HEADER].view(np.int64)[0]), part[_HEADER:]
-    words = _words(shard)
+def apply_changes(data: np.ndarray, change: np.ndarray, name: str) -> None:
+    """Turn `data` ([n] uint8, writable) into what `change` was encoded for; checks sizes, not contents."""
+    if len(change) < _HEADER:
+        raise WeightError(f"{name}: a change of {len(change)} bytes is torn")
+    count, body = int(change[:_HEADER].view(np.int64)[0]), change[_HEADER:]
+    words = _words(data)
     if count < 0:
-        if len(body) != len(shard):
-            raise WeightError(f"{name}: a whole part of {len(body)} bytes, need {len(shard)}")
-        np.copyto(shard, body)
+        if len(body) != len(data):
+            raise WeightError(f"{name}: {len(body)} bytes instead of {len(data)}")
+        np.copyto(data, body)
         return
-    if len(body) != 4 * count + len(shard) % 2:
+    if len(body) != 4 * count + len(data) % 2:
         raise WeightError(f"{name}: {len(body)} bytes cannot hold {count} changes")
     where = np.cumsum(body[: 2 * count].view(np.uint16), dtype=np.int64)
     if count and where[-1] >= len(words):
-        raise WeightError(f"{name}: a change at word {where[-1]}, the shard has {len(words)}")
+        raise WeightError(f"{name}: a change at word {where[-1]}, there are {len(words)}")
     words[where] = body[2 * count : 4 * count].view(np.uint16)
-    shard[2 * len(words) :] = body[4 * count :]
+    data[2 * len(words) :] = body[4 * count :]
 
 
 def _header(count: int) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from vllm.platforms import current_platform
 
@@ -19,7 +18,7 @@ else:
 
 if TYPE_CHECKING:
     from rollout.nccl_transfer import Broadcast
-    from rollout.weights import WeightManifest
+    from rollout.weights import Shard, WeightManifest
 
 
 class SoftWorker(PlatformWorker):  # type: ignore[misc, valid-type]
@@ -44,7 +43,7 @@ class SoftWorker(PlatformWorker):  # type: ignore[misc, valid-type]
             state.forget(finished)
         return super().execute_model(scheduler_output)
 
-    def load_policy(self, manifest: WeightManifest, shards: Sequence[np.ndarray]) -> int:
+    def load_policy(self, manifest: WeightManifest, shards: Sequence[Shard]) -> int:
         """Replace the weights in place between two steps; returns the version now served."""
         from rollout.weights import iterate_weights
 

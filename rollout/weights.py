@@ -1,20 +1,26 @@
-"""Weight bundles: one policy version as flat uint8 shards plus one manifest.
+"""Weight bundles: one policy version as shards of flat uint8 arrays plus one manifest.
 
-The manifest travels last: a reader that holds it can have every byte of the version or none (checksums).
-It passes through the driver, so this module is importable without torch.
+    tensors --split_into_shards--> shards, one object of the store each; then the manifest
+    shards + manifest --verify_shards--> every byte of the version is there --iterate_weights--> tensors, as views
+
+A shard has one array per tensor: Ray lays them side by side in one object, straight from where the tensors lie. So a
+host tensor is copied once on its way into the store and not at all on its way out. The manifest travels last: a reader
+that holds it can have every byte of the version or none (checksums). It passes through the driver, so this module is
+importable without torch.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
-import blake3
 import numpy as np
+import xxhash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +28,8 @@ if TYPE_CHECKING:
 MAX_SHARD_BYTES = 256 * 2**20
 VERSION_VARIABLE = "SOFTGRPO_POLICY_VERSION"
 """Environment variable in which a process keeps the policy version that it works with, for its log lines."""
-ALIGNMENT = 64
-"""Bytes; every tensor starts at a multiple of it, as the widest vector loads like it."""
+Shard = Sequence[np.ndarray]
+"""The bytes of one or more tensors, each [n] uint8, in the order of the manifest."""
 
 
 class WeightError(RuntimeError):
@@ -32,148 +38,119 @@ class WeightError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor of the checkpoint lies."""
+    """What one array of a shard is."""
 
     name: str
     dtype: str
     """torch dtype name without the prefix, e.g. `bfloat16`"""
     shape: tuple[int, ...]
+    num_bytes: int
     shard: int
-    offset: int
-    """bytes from the start of the shard"""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightManifest:
-    """Everything a reader needs to check and cut the shards of one version."""
+    """Everything a reader needs to check the shards of one version and to cut tensors from them."""
 
     version: int
     entries: tuple[TensorEntry, ...]
-    shard_bytes: tuple[int, ...]
     checksums: tuple[int, ...]
     """one per shard"""
 
-
-@dataclass(frozen=True, slots=True)
-class PackedShard:
-    """One filled shard: the bytes, what lies in them, and their checksum."""
-
-    data: np.ndarray
-    """[n] uint8; valid until its buffer is used for a later shard"""
-    entries: tuple[TensorEntry, ...]
-    hashing: Future[int]
+    @property
+    def num_shards(self) -> int:
+        """Shards of the version; each has at least one tensor."""
+        return len(self.checksums)
 
     @property
-    def checksum(self) -> int:
-        """Of `data` as it was yielded; waits for the thread that computes it."""
-        return self.hashing.result()
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.num_bytes for entry in self.entries)
 
 
-def shard_checksum(data: np.ndarray) -> int:
-    """63 bits of the BLAKE3 hash of contiguous bytes (2.7 memcpys; sha256 costs nine).
+def shard_checksum(shard: Shard) -> int:
+    """XXH3 (64 bits) of all bytes: finds torn, stale and mixed data, not an enemy, at the speed of reading them.
 
-    On one core, without the interpreter lock: a rollout actor checks while it decodes, and needs its other cores.
+    Without the interpreter lock and on one core: a rollout actor checks while it decodes, and needs its other cores.
     """
-    return int.from_bytes(blake3.blake3(data.data, max_threads=1).digest(length=8), "big") >> 1
+    digest = xxhash.xxh3_64()
+    for data in shard:
+        digest.update(data.data)
+    return digest.intdigest()
 
 
-def iterate_shards(
+def split_into_shards(
+    version: int,
     tensors: Iterable[tuple[str, Tensor]],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    buffers: Sequence[np.ndarray] = (),
-) -> Iterator[PackedShard]:
-    """Copy named tensors (any device, consumed one by one) into flat shards, yielding each as soon as it is full.
+    encode: Callable[[int, Shard], Shard] = lambda number, shard: shard,
+) -> Generator[Shard, None, WeightManifest]:
+    """Yield named tensors (any device, consumed one by one) shard by shard, each `encode`d; returns the manifest.
 
-    `buffers` are uint8 arrays to fill in turn, round and round (fresh memory costs more than the copy): with n of them
-    a shard must be put away before the n-th one after it is asked for. A tensor larger than `max_shard_bytes` gets a
-    shard of its own size, a tensor never spans two. A shard is hashed in a thread while the caller puts it away.
+    Arrays of host tensors are views: no tensor of a shard may change before the next shard is asked for. A tensor never
+    spans two shards; one larger than `max_shard_bytes` gets a shard of its own. A shard is hashed, as it was before
+    `encode`, in a thread while the caller puts it away.
     """
-    hashing: list[Future[int]] = []
-
-    def next_buffer() -> np.ndarray:
-        number = len(hashing)
-        if not buffers:
-            return np.empty(max_shard_bytes, np.uint8)  # pages are only taken when they are written
-        if number >= len(buffers):
-            hashing[number - len(buffers)].result()
-        return buffers[number % len(buffers)]
-
+    entries: list[TensorEntry] = []
+    checksums: list[int] = []
     with ThreadPoolExecutor(1, "shard-checksum") as hasher:
-
-        def finish(data: np.ndarray, entries: list[TensorEntry]) -> PackedShard:
-            hashing.append(hasher.submit(shard_checksum, data))
-            return PackedShard(data, tuple(entries), hashing[-1])
-
-        used, buffer, entries = 0, next_buffer(), list[TensorEntry]()
-        for name, tensor in tensors:
-            if entries and used + tensor.nbytes > max_shard_bytes:
-                yield finish(buffer[:used], entries)
-                used, buffer, entries = 0, next_buffer(), []
-            if used + tensor.nbytes > len(buffer):
-                buffer = np.empty(tensor.nbytes, np.uint8)
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            entries.append(TensorEntry(name, dtype, tuple(tensor.shape), len(hashing), used))
-            used = _write(buffer, used, tensor)
-        if entries:
-            yield finish(buffer[:used], entries)
+        for number, (shard_entries, shard) in enumerate(_grouped(tensors, max_shard_bytes)):
+            hashing = hasher.submit(shard_checksum, shard)
+            yield encode(number, shard)
+            entries += shard_entries
+            checksums.append(hashing.result())
+    return WeightManifest(version, tuple(entries), tuple(checksums))
 
 
-def _write(buffer: np.ndarray, start: int, tensor: Tensor) -> int:
-    """Copy a tensor's bytes to `buffer[start:]`; returns where the next one may start."""
+def _grouped(
+    tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
+) -> Iterator[tuple[list[TensorEntry], list[np.ndarray]]]:
+    number, used = 0, 0
+    entries: list[TensorEntry] = []
+    shard: list[np.ndarray] = []
+    for name, tensor in tensors:
+        if shard and used + tensor.nbytes > max_shard_bytes:
+            yield entries, shard
+            number, used, entries, shard = number + 1, 0, [], []
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        entries.append(TensorEntry(name, dtype, tuple(tensor.shape), tensor.nbytes, number))
+        shard.append(_host_bytes(tensor))
+        used += tensor.nbytes
+    if shard:
+        yield entries, shard
+
+
+def _host_bytes(tensor: Tensor) -> np.ndarray:
+    """[n] uint8: a view of a contiguous host tensor, a copy of any other."""
     import torch
 
-    end = start + tensor.nbytes
-    if tensor.numel():
-        data = tensor.detach().reshape(-1).view(torch.uint8)
-        if data.device.type == "cpu":
-            # A fifth faster than torch's copy: libc writes large blocks past the caches.
-            np.copyto(buffer[start:end], data.numpy())
-        else:
-            torch.from_numpy(buffer[start:end]).copy_(data)
-    aligned = min(-(-end // ALIGNMENT) * ALIGNMENT, len(buffer))
-    buffer[end:aligned] = 0  # equal tensors give equal shards
-    return aligned
+    data = tensor.detach()
+    if data.device.type != "cpu":
+        # Pinned for the speed of the copy; torch keeps such memory and gives it out again for the next shards.
+        data = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda).copy_(data)
+    return data.reshape(-1).view(torch.uint8).numpy()
 
 
-def make_manifest(version: int, shards: Iterable[PackedShard]) -> WeightManifest:
-    """The manifest of a version; made last, from all of its shards (their bytes may already be put away)."""
-    entries: list[TensorEntry] = []
-    sizes: list[int] = []
-    checksums: list[int] = []
-    for shard in shards:
-        entries += shard.entries
-        sizes.append(len(shard.data))
-        checksums.append(shard.checksum)
-    return WeightManifest(version, tuple(entries), tuple(sizes), tuple(checksums))
-
-
-def pack_weights(
-    version: int, tensors: Iterable[tuple[str, Tensor]], *, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> tuple[WeightManifest, list[np.ndarray]]:
-    """Copy named tensors (Hugging Face names, any device) into flat uint8 shards; a tensor never spans two shards."""
-    shards = list(iterate_shards(tensors, max_shard_bytes=max_shard_bytes))
-    return make_manifest(version, shards), [shard.data for shard in shards]
-
-
-def verify_shards(manifest: WeightManifest, shards: Sequence[np.ndarray]) -> None:
+def verify_shards(manifest: WeightManifest, shards: Sequence[Shard]) -> None:
     """Raise `WeightError` unless every byte of the version is there."""
-    if len(shards) != len(manifest.shard_bytes):
-        raise WeightError(f"version {manifest.version}: {len(shards)} shards, need {len(manifest.shard_bytes)}")
-    for number, (shard, num_bytes, checksum) in enumerate(
-        zip(shards, manifest.shard_bytes, manifest.checksums, strict=True)
-    ):
-        if shard.dtype != np.uint8 or shard.shape != (num_bytes,):
-            raise WeightError(
-                f"version {manifest.version}, shard {number}: {shard.dtype} {shard.shape}, need uint8 ({num_bytes},)"
-            )
-        found = shard_checksum(shard)
-        if found != checksum:
-            raise WeightError(f"version {manifest.version}, shard {number}: checksum {found:x}, need {checksum:x}")
+    if len(shards) != manifest.num_shards:
+        raise WeightError(f"version {manifest.version}: {len(shards)} shards, need {manifest.num_shards}")
+    sizes: list[list[int]] = [[] for _ in shards]
+    for entry in manifest.entries:
+        sizes[entry.shard].append(entry.num_bytes)
+    for number, (shard, need, checksum) in enumerate(zip(shards, sizes, manifest.checksums, strict=True)):
+        where = f"version {manifest.version}, shard {number}"
+        found = [data.nbytes for data in shard]
+        if found != need:
+            raise WeightError(f"{where}: {len(found)} tensors, {sum(found)} bytes, need {len(need)}, {sum(need)}")
+        read = shard_checksum(shard)
+        if read != checksum:
+            raise WeightError(f"{where}: checksum {read:x}, need {checksum:x}")
 
 
 def iterate_weights(
-    manifest: WeightManifest, shards: Sequence[np.ndarray], *, verify: bool = True
+    manifest: WeightManifest, shards: Sequence[Shard], *, verify: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
     """Named CPU tensors as views of the shards; do not write to them.
 
@@ -182,22 +159,23 @@ def iterate_weights(
     """
     if verify:
         verify_shards(manifest, shards)
-    for entry in manifest.entries:
-        yield entry.name, _view(manifest.version, entry, shards[entry.shard])
+    for entry, data in zip(manifest.entries, chain.from_iterable(shards), strict=True):
+        yield entry.name, _view(manifest.version, entry, data)
 
 
-def _view(version: int, entry: TensorEntry, shard: np.ndarray) -> Tensor:
+def _view(version: int, entry: TensorEntry, data: np.ndarray) -> Tensor:
     import torch
 
     dtype = getattr(torch, entry.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise WeightError(f"version {version}, tensor {entry.name}: unknown dtype {entry.dtype}")
-    count = math.prod(entry.shape)
-    if entry.offset + count * dtype.itemsize > len(shard):
-        raise WeightError(f"version {version}, tensor {entry.name}: does not lie inside shard {entry.shard}")
-    if count == 0:
+    if math.prod(entry.shape) * dtype.itemsize != data.nbytes:
+        raise WeightError(
+            f"version {version}, tensor {entry.name}: {data.nbytes} bytes are no {entry.dtype} of shape {entry.shape}"
+        )
+    if data.nbytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
     with warnings.catch_warnings():
         # Shards from the object store are read-only, and so is what readers do with them.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(shard, dtype=dtype, count=count, offset=entry.offset).view(entry.shape)
+        return torch.frombuffer(data, dtype=dtype).view(entry.shape)

@@ -1,7 +1,7 @@
 """Publishing 0.5 GB of bf16 weights to two actors, in memcpys of the same bytes.
 
-One round: the sender packs (and hashes) shards, Ray's object store takes them, two actors fetch, check and copy them
-into their own parameters. The peer is what one would write first: a dict of torch tensors through `ray.put`.
+One round: the sender hashes shards, Ray's object store takes them, two actors fetch, check and copy them into their own
+parameters. The peer is what one would write first: a dict of torch tensors through `ray.put`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from unittest import mock
 import numpy as np
 import torch
 
-from rollout.transport import DeltaSender, FullSender, Link, Receiver, Sender, WeightChain, make_receiver
+from rollout.transport import DeltaSender, FullSender, Link, Part, Receiver, Sender, WeightChain, make_receiver
 from rollout.weights import iterate_weights
 from tests.benchmarks._cluster import private_ray
 from tests.benchmarks._timing import best_ratio, interleaved
 from tests.benchmarks.row import Row
+from tests.rollout.stored import stored
 
 NUM_TENSORS, SHAPE = 32, (2048, 4096)
 TOTAL = NUM_TENSORS * SHAPE[0] * SHAPE[1] * 2
@@ -54,7 +55,7 @@ class Consumer:
         """Take a version; returns the seconds in which an engine would not have decoded."""
         import ray
 
-        def fetch(first: int, count: int) -> Sequence[np.ndarray]:
+        def fetch(first: int, count: int) -> Sequence[Part]:
             return ray.get(references[first : first + count], timeout=DEADLINE_S)
 
         shards = self.receiver.receive(links, fetch) if checked else fetch(0, links[-1].num_parts)
@@ -168,7 +169,7 @@ def transfer_rows() -> list[Row]:
 def delta_row() -> Row:
     """Bytes of a full version over those of a delta at 1 % changed elements."""
     weights, sender, receiver = model(), DeltaSender(), make_receiver("delta")
-    chain: WeightChain[np.ndarray] = WeightChain()
+    chain: WeightChain[Part] = WeightChain()
     deliver(sender, receiver, chain, 1, weights)
     change(weights, share=100)
     sent, send_s, receive_s, right = deliver(sender, receiver, chain, 2, weights)
@@ -188,11 +189,11 @@ def change(weights: dict[str, torch.Tensor], share: int) -> None:
 
 
 def deliver(
-    sender: Sender, receiver: Receiver, chain: WeightChain[np.ndarray], version: int, weights: dict[str, torch.Tensor]
+    sender: Sender, receiver: Receiver, chain: WeightChain[Part], version: int, weights: dict[str, torch.Tensor]
 ) -> tuple[int, float, float, bool]:
     """One version in one process: bytes sent, seconds to send and to receive, whether it arrived to the bit."""
     start = time.perf_counter()
-    *parts, link = (p if isinstance(p, Link) else p.copy() for p in sender.send(version, weights.items()))
+    parts, link = stored(sender, version, weights.items())
     sent_at = time.perf_counter()
     chain.add(link, parts)
     shards = receiver.receive(chain.links, lambda first, count: chain.references[first : first + count])
@@ -201,7 +202,7 @@ def deliver(
     right = all(
         torch.equal(loaded[name].view(torch.int16), tensor.view(torch.int16)) for name, tensor in weights.items()
     )
-    return sum(part.nbytes for part in parts), sent_at - start, received_at - sent_at, right
+    return sum(data.nbytes for part in parts for data in part), sent_at - start, received_at - sent_at, right
 
 
 def run(names: set[str] | None) -> list[Row]:

@@ -57,7 +57,7 @@ class RealLearner:
         return self.trainer.train(groups, step)
 
     async def publish(self, version: int) -> PublishedWeights:
-        return PublishedWeights(WeightManifest(version, (), (), ()), ())
+        return PublishedWeights(WeightManifest(version, (), ()), ())
 
     async def save(self, directory: Path) -> None:
         directory.mkdir(parents=True)

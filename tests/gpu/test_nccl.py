@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from rollout.nccl_transfer import Broadcast, NcclGroup, NcclSender
-from rollout.transport import Link, make_sender
+from rollout.transport import make_sender
 from rollout.weights import WeightManifest
+from tests.rollout.stored import stored
 from tests.rollout.test_engine_weights import build_qwen2, changed
 
 pytestmark = [
@@ -54,9 +55,7 @@ class Learner:
     def publish(self, version: int) -> Published:
         changed(self.model.cpu(), seed=version)
         self.model.to("cuda")
-        *shards, link = (
-            part if isinstance(part, Link) else part.copy() for part in self.publisher.send(version, self._weights())
-        )
+        shards, link = stored(self.publisher, version, self._weights())
         return Published(link.manifest, link.digest, shards)
 
     def broadcast(self, manifest: WeightManifest, group: NcclGroup) -> None:

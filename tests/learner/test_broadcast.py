@@ -17,7 +17,7 @@ from rollout.weights import WeightManifest
 
 SPEC = LearnerSpec(model_path="none", total_steps=1, world_size=2, transport="nccl", shard_bytes=64)
 GROUP = NcclGroup("10.0.0.1", 29_500, 1, 1, 5.0)
-MANIFEST = WeightManifest(1, (), (), ())
+MANIFEST = WeightManifest(1, (), ())
 
 
 class FakeSender:

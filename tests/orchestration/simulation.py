@@ -193,7 +193,7 @@ class SimulatedLearner:
         return {"loss/policy": 0.0}
 
     async def publish(self, version: int) -> PublishedWeights:
-        return PublishedWeights(WeightManifest(version, (), (), ()), ())
+        return PublishedWeights(WeightManifest(version, (), ()), ())
 
     async def save(self, directory: Path) -> None:
         directory.mkdir(parents=True)

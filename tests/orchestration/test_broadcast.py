@@ -18,7 +18,7 @@ from rollout.weights import WeightManifest
 
 
 def weights(version: int) -> PublishedWeights:
-    manifest = WeightManifest(version, (), (), ())
+    manifest = WeightManifest(version, (), ())
     return PublishedWeights(manifest, (), (Link(manifest, None, 77),))
 
 

@@ -48,7 +48,7 @@ class FetchingActor:
 
 
 def version(number: int) -> PublishedWeights:
-    manifest = WeightManifest(number, (), (1,), (0,))
+    manifest = WeightManifest(number, (), (0,))
     return PublishedWeights(manifest, (Part(),), (Link(manifest, None),))  # type: ignore[arg-type]
 
 

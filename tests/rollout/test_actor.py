@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from rollout.actor import RequestAborted, RolloutActor
@@ -17,7 +16,7 @@ from rollout.engine import EngineError, RequestError, SoftEngine
 from rollout.nccl_transfer import Broadcast, NcclGroup, TransferError
 from rollout.request import RolloutRequest
 from rollout.trajectory import Kind, unpack
-from rollout.transport import Link
+from rollout.transport import Link, Part
 from rollout.weights import WeightError
 from tests.rollout.conftest import base_spec, reference_model
 from tests.rollout.test_engine_weights import bundle, changed
@@ -47,9 +46,9 @@ async def actor(model: Path, **changes: Any) -> AsyncIterator[RolloutActor]:
     yield started
 
 
-def ref(value: np.ndarray) -> asyncio.Future[np.ndarray]:
+def ref(value: Part) -> asyncio.Future[Part]:
     """Stands for an object reference: something to await."""
-    future: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
+    future: asyncio.Future[Part] = asyncio.get_running_loop().create_future()
     future.set_result(value)
     return future
 
@@ -61,7 +60,7 @@ def test_groups_while_weights_change(parity_model_dir: Path) -> None:
         manifest, shards = bundle(model, 5)
         calls = [asyncio.create_task(started.generate(group(name))) for name in ("a", "bb", "ccc", "dddd")]
         report = await started.update_weights([Link(manifest, None)], [ref(shard) for shard in shards])
-        assert report["version"] == 5 and report["num_bytes"] == sum(manifest.shard_bytes)
+        assert report["version"] == 5 and report["num_bytes"] == manifest.num_bytes
         assert report["fetch_s"] >= 0 and report["pause_s"] > 0
         for call, name in zip(calls, ("a", "bb", "ccc", "dddd"), strict=True):
             batch, summary = await call
@@ -86,7 +85,7 @@ def test_torn_weights_leave_the_old_version(parity_model_dir: Path) -> None:
 
     async def test(started: RolloutActor) -> None:
         manifest, shards = bundle(model, 9)
-        shards[0][100] ^= 1
+        shards[0] = [data ^ 1 for data in shards[0]]
         with pytest.raises(WeightError, match="version 9, shard 0: checksum"):
             await started.update_weights([Link(manifest, None)], [ref(shard) for shard in shards])
         _, summary = await started.generate(group("a"))

@@ -12,10 +12,12 @@ import torch
 from rollout.engine import RequestSettings, SoftEngine
 from rollout.request import RolloutRequest
 from rollout.trajectory import Kind, Trajectory
-from rollout.weights import WeightManifest, pack_weights
+from rollout.transport import FullSender, Part
+from rollout.weights import WeightManifest
 from tests.conftest import build_tiny_model
 from tests.rollout.conftest import EngineFactory, reference_model
 from tests.rollout.naive_loop import replayed_logprobs
+from tests.rollout.stored import stored
 
 pytestmark = pytest.mark.slow
 
@@ -53,11 +55,12 @@ def changed(model: Any, seed: int) -> Any:
     return model
 
 
-def bundle(model: Any, version: int) -> tuple[WeightManifest, list[np.ndarray]]:
+def bundle(model: Any, version: int) -> tuple[WeightManifest, list[Part]]:
     """What the learner publishes: a tied head is not sent twice."""
     tied = model.config.tie_word_embeddings
     named = ((name, value) for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight"))
-    return pack_weights(version, named)
+    parts, link = stored(FullSender(), version, named)
+    return link.manifest, parts
 
 
 def request(index: int, prompt_len: int = 40, thinking: str = "soft") -> RolloutRequest:

@@ -19,6 +19,7 @@ from rollout.nccl_transfer import Broadcast, NcclGroup, NcclSender, TensorDigest
 from rollout.transport import Link, make_sender
 from rollout.weights import WeightManifest
 from tests.rollout.conftest import EngineFactory, reference_model
+from tests.rollout.stored import stored
 from tests.rollout.test_engine_weights import build_qwen2, changed, check_scored_by, generate, request
 
 GROUP = NcclGroup("10.0.0.1", 29_500, num_engines=1, tensor_parallel_size=1, deadline_s=20.0)
@@ -152,7 +153,7 @@ class Learner:
         self.sender: NcclSender | None = None
 
     def publish(self, version: int, model: Any) -> tuple[Link, list[Any]]:
-        *shards, link = (p if isinstance(p, Link) else p.copy() for p in self.publisher.send(version, named(model)))
+        shards, link = stored(self.publisher, version, named(model))
         return link, shards
 
     def broadcast(self, manifest: WeightManifest, model: Any, group: NcclGroup) -> None:
