@@ -23,7 +23,10 @@ ADAPTER = "default"
 
 
 def named_weights(policy: PolicyModel) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the checkpoint once, whole, in the compute type; valid until the next one is asked for."""
+    """Every parameter of the checkpoint once, whole, in the compute type; valid until the next training step.
+
+    A gathered one is freed when its tensor is dropped: a shard holds several of them, never all.
+    """
     model = causal_model(policy.language_model)
     adapted = {f"{name}{BASE_LAYER}.weight": layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     for name, parameter in model.named_parameters():

@@ -48,8 +48,9 @@ class PairRank(LearnerRank):
         resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
 
     def weights(self) -> Weights:
-        """All weights, on every rank."""
-        return {name: weight.clone() for name, weight in self.trainer.weights()}
+        """All weights, on every rank; held together like the tensors of a shard."""
+        held = list(self.trainer.weights())
+        return {name: weight.clone() for name, weight in held}
 
 
 class Pair:
