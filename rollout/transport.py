@@ -65,7 +65,7 @@ class Sender(Protocol):
     def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Part | Link]:
         """Yield the parts of a version, the link last; a part is valid until the next one is asked for.
 
-        Tensors must not change meanwhile.
+        Tensors must not change meanwhile. Sent again, a version is an anchor: somebody could not get it.
         """
         ...
 
@@ -156,9 +156,12 @@ class DeltaSender:
         self._since_anchor = 0
 
     def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Part | Link]:
-        """Yield one part per shard, the link last; an anchor at first, when due, and after an unfinished version."""
+        """Yield one part per shard, the link last.
+
+        An anchor at first, when due, after an unfinished version, and where the version was sent before.
+        """
         base, self._manifest = self._manifest, None
-        if base is not None and self._since_anchor + 1 >= self._anchor_every:
+        if base is not None and (base.version == version or self._since_anchor + 1 >= self._anchor_every):
             base = None
         encode = self._whole if base is None else self._changes
         manifest = yield from split_into_shards(version, tensors, max_shard_bytes=self._max_shard_bytes, encode=encode)

@@ -179,6 +179,25 @@ def test_a_version_left_half_sent_does_not_spoil_the_next(transport: str) -> Non
     assert_equal(publisher.deliver(make_receiver(transport)), all_versions[3][1])
 
 
+def test_a_version_whose_parts_are_gone_is_sent_again(transport: str) -> None:
+    publisher, behind, beyond = Publisher(transport), make_receiver(transport), make_receiver(transport)
+    first, second, third = (weights for _, weights in versions(3))
+    publisher.publish(1, first)
+    publisher.deliver(behind)
+    publisher.publish(2, second)
+    publisher.deliver(beyond)
+    publisher.chain.references = [[data ^ 1 for data in part] for part in publisher.chain.references]
+    with pytest.raises(WeightError):
+        publisher.deliver(behind)
+    publisher.publish(2, second)
+    assert publisher.chain.links[-1].base_version is None
+    for receiver in (behind, beyond, make_receiver(transport)):
+        assert_equal(publisher.deliver(receiver), second)
+    publisher.publish(3, third)
+    for receiver in (behind, beyond):
+        assert_equal(publisher.deliver(receiver), third)
+
+
 def test_a_value_that_comes_back_is_a_change(transport: str) -> None:
     publisher, receiver = Publisher(transport), make_receiver(transport)
     for version, value in enumerate((0.0, 1.0, 0.0, 2.0, 1.0), start=1):
