@@ -34,19 +34,15 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, attempt: int) -> None:
         self.path = path
-        self._attempt = attempt
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(path)
-        self._file = path.open("ab", buffering=0)
-        self._refused = False
-        """Whether the disk took nothing at the last attempt: said once per outage."""
+        self.attempt = attempt
+        self._lines = LineFile(path)
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_forever, name="metrics-log", daemon=True)
         self._thread.start()
 
     def append(self, metrics: Mapping[str, float], step: int) -> None:
         """Log one step; returns at once. Raises TypeError for a value that is no number."""
-        record: dict[str, Any] = {"step": step, "time": round(time.time(), 3), "attempt": self._attempt}
+        record: dict[str, Any] = {"step": step, "time": round(time.time(), 3), "attempt": self.attempt}
         for name, value in metrics.items():
             number = float(value)
             if math.isfinite(number):
@@ -70,22 +66,17 @@ class MetricsLog:
             logger.error("%s: the disk did not take all metrics within %.0f s", self.path, timeout_s)
 
     def _write_forever(self) -> None:
-        unwritten = b""
         synced_at = time.monotonic()
         while True:
-            item = self._next_item(RETRY_EVERY_S if unwritten else FSYNC_EVERY_S)
-            if isinstance(item, dict) and item:
-                unwritten += json.dumps(item, allow_nan=False).encode() + b"\n"
-            unwritten = self._write(unwritten)
+            item = self._next_item(RETRY_EVERY_S if self._lines.unwritten else FSYNC_EVERY_S)
+            self._lines.add(item if isinstance(item, dict) else {})
             if not isinstance(item, dict) or time.monotonic() - synced_at > FSYNC_EVERY_S:
-                self._sync()
+                self._lines.sync()
                 synced_at = time.monotonic()
-            if isinstance(item, threading.Event) and not unwritten:
+            if isinstance(item, threading.Event) and not self._lines.unwritten:
                 item.set()
             if item is None:
-                if unwritten:
-                    logger.error("%s: the disk did not take the last %d lines", self.path, unwritten.count(b"\n"))
-                self._file.close()
+                self._lines.close()
                 return
 
     def _next_item(self, timeout_s: float) -> _Item:
@@ -94,24 +85,48 @@ class MetricsLog:
         except queue.Empty:
             return {}
 
-    def _write(self, data: bytes) -> bytes:
-        """Write what the disk takes; returns the rest (a full disk may take half a line)."""
-        while data:
+
+class LineFile:
+    """A file of JSON lines that is appended to; what a full disk does not take waits in memory, in order.
+
+    A line that a crash tore is cut off when the file is opened again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.unwritten = b""
+        self._refused = False
+        """Whether the disk took nothing at the last attempt: said once per outage."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(path)
+        self._file = path.open("ab", buffering=0)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Write a record and what waits before it ({}: only that), as far as the disk takes them; never raises."""
+        if record:
+            self.unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
+        while self.unwritten:
             try:
-                data = data[self._file.write(data) :]
+                self.unwritten = self.unwritten[self._file.write(self.unwritten) :]  # a full disk may take half a line
             except OSError as error:
                 if not self._refused:
                     logger.error("%s: cannot write (%s), trying again", self.path, error)
                 self._refused = True
-                return data
+                return
         self._refused = False
-        return b""
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
+        """Have what was written on the disk itself."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
             logger.error("%s: cannot sync: %s", self.path, error)
+
+    def close(self) -> None:
+        """No more lines; says how many the disk did not take."""
+        if self.unwritten:
+            logger.error("%s: the disk did not take the last %d lines", self.path, self.unwritten.count(b"\n"))
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

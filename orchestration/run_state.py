@@ -1,6 +1,6 @@
 """The run directory: lease, resolved configuration, atomic checkpoints.
 
-    outputs/<name>/  config.yaml  summary.json  metrics.jsonl  trajectories/  plots/  driver.lock
+    outputs/<name>/  config.yaml  summary.json  metrics.jsonl  groups.jsonl  trajectories/  plots/  driver.lock
                      checkpoints/step_000040/{learner/, run_state.json, manifest.json}
 
 A checkpoint is written aside, every file and directory is fsynced, the manifest with sizes and digests is written last,

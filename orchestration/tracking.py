@@ -33,6 +33,8 @@ class Tracker:
     """What the controller logs to; `open` once per attempt, `close` once."""
 
     def __init__(self, log: MetricsLog, mirror: Mirror | None, registered_model: str | None) -> None:
+        self.attempt = log.attempt
+        """Number of this attempt at the run, from 1."""
         self._log = log
         self._mirror = mirror
         self._registered_model = registered_model

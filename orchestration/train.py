@@ -29,6 +29,7 @@ from orchestration.dataset import PromptStream, Visit, dataset_digest
 from orchestration.draining import DrainWatcher, Resident, node_of, own_node
 from orchestration.evaluate import TwoPools
 from orchestration.failures import RunError
+from orchestration.groups_log import GroupsLog
 from orchestration.inference_pools import make_rollout_pool, make_verifier_pool
 from orchestration.logs import also_to, set_policy_version
 from orchestration.metrics_export import MetricsExporter
@@ -104,6 +105,7 @@ class TrainingRun:
         self.state = load_state(self.checkpoint) if self.checkpoint else None
         self.plan = make_plan(resolved, initial_version=0, labelled=labelled_pools())
         self.tracker = Tracker.open(self.config, datasets=[_describe_dataset(resolved)])
+        self.groups = GroupsLog(directory.path, attempt=self.tracker.attempt)
         self.exporter = MetricsExporter(self.config.name)
         self.watchdog = Watchdog()
         self.controller: Controller | None = None
@@ -135,6 +137,7 @@ class TrainingRun:
             if self.evaluation is not None:
                 self.evaluation.cancel()
             self._kill_pools()
+            self.groups.close()
             self.tracker.close(status)
             self.watchdog.stop()
         if status != "FINISHED":
@@ -219,6 +222,7 @@ class TrainingRun:
 
     async def _after_step(self, step: int, version: int, metrics: StepMetrics) -> None:
         set_policy_version(version)
+        self.groups.append(step, version, [group.visit.group_id for group in metrics.groups])
         values = metrics.values | {"sync/version": version, **self._pool_metrics()}
         self.tracker.log(values, step)
         self.exporter.export(values)

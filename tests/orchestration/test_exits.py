@@ -30,6 +30,7 @@ class Attempt(train.TrainingRun):
         self.directory = RunDirectory(place)
         self.verdicts: list[str] = []
         self.tracker: Any = SimpleNamespace(close=self.verdicts.append)
+        self.groups: Any = SimpleNamespace(close=lambda: None)
         self.watchdog: Any = SimpleNamespace(start=lambda loop: None, stop=lambda: None)
         self.controller = self.evaluation = None
         self.stopping = False

@@ -72,7 +72,7 @@ def test_a_full_disk_delays_lines_and_loses_none(
 ) -> None:
     monkeypatch.setattr(metrics_log, "RETRY_EVERY_S", 0.01)
     log = MetricsLog(tmp_path / "metrics.jsonl", attempt=1)
-    log._file = disk = FullDisk(log._file, room=30)
+    log._lines._file = disk = FullDisk(log._lines._file, room=30)
     for step in range(5):
         log.append({"a/b": step}, step)
     assert not log.flush(timeout_s=0.2), "flush does not claim what is not on disk"
@@ -85,7 +85,7 @@ def test_a_full_disk_delays_lines_and_loses_none(
 
 def test_a_run_that_ends_on_a_full_disk_says_what_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl", attempt=1)
-    log._file = FullDisk(log._file, room=0)
+    log._lines._file = FullDisk(log._lines._file, room=0)
     for step in range(5):
         log.append({"a/b": step}, step)
     log.close()
