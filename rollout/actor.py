@@ -277,8 +277,8 @@ class RolloutActor:
         """Serve the last link's policy version; decoding goes on until all its bytes are here and checked.
 
         `part_refs` are the parts of all links in order (see `rollout.transport`). Raises `WeightError` if they are
-        torn; the old version then stays in service. The report has the seconds of the fetch and of the pause in which
-        nothing was decoded, and the bytes that were fetched.
+        torn; the old version then stays in service. After an `EngineError` it does not: the new one was loaded in part.
+        The report has the seconds of the fetch and of the pause in which nothing was decoded, and the bytes fetched.
         """
         loop, manifest, num_bytes = asyncio.get_running_loop(), links[-1].manifest, 0
 
@@ -294,7 +294,8 @@ class RolloutActor:
             shards = await asyncio.to_thread(self._receiver.receive, links, fetch)
             fetched = time.monotonic()
             await asyncio.wrap_future(self._engine.started)
-            pause_s = await asyncio.wrap_future(self._engine.call(lambda engine: _swap(engine, manifest, shards)))
+            swap = self._engine.call(lambda engine: _swap(engine, manifest, shards), vital=True)
+            pause_s = await asyncio.wrap_future(swap)
             self._serve(manifest.version)
         return {
             "version": manifest.version,
@@ -364,8 +365,12 @@ async def _gather(refs: Sequence[Any]) -> list[Part]:
 
 
 def _swap(engine: SoftEngine, manifest: WeightManifest, shards: Sequence[Shard]) -> float:
+    """Load verified shards; the seconds it took. Raises `EngineError`: the engine may hold a part of the version."""
     started = time.monotonic()
-    engine.load_weights(manifest, shards)
+    try:
+        engine.load_weights(manifest, shards)
+    except Exception as error:  # whatever vLLM raises; a `WeightError` would say that the old version still serves
+        raise EngineError(f"version {manifest.version} was loaded in part: {type(error).__name__}: {error}") from error
     return time.monotonic() - started
 
 

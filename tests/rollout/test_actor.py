@@ -194,3 +194,26 @@ def test_an_engine_that_is_torn_by_a_transfer_steps_no_more(parity_model_dir: Pa
             await started.stats()
 
     run(test, parity_model_dir)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), WeightError("tensor x: 3 bytes are no float32")])
+def test_an_engine_that_is_torn_by_a_swap_steps_no_more(
+    error: Exception, parity_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes were right; what failed is loading them, with some tensors of either version in place."""
+
+    def half(self: SoftEngine, manifest: object, shards: object) -> None:
+        raise error
+
+    async def test(started: RolloutActor) -> None:
+        running = asyncio.create_task(started.generate(group("a")))
+        manifest, shards = bundle(reference_model(parity_model_dir), 1)
+        with pytest.raises(EngineError, match=f"version 1 was loaded in part: {type(error).__name__}: {error}"):
+            await started.update_weights([Link(manifest, None)], [ref(shard) for shard in shards])
+        with pytest.raises(EngineError, match="the engine has failed"):
+            await running
+        with pytest.raises(EngineError, match="the engine has failed"):
+            await started.stats()
+
+    monkeypatch.setattr(SoftEngine, "load_weights", half)
+    run(test, parity_model_dir)
