@@ -15,8 +15,8 @@ from reward.actor import VerifierSpec
 from rollout.engine import EngineSpec, engine_environment
 
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
-CONTROL_CALLS = 1000
-"""Concurrent calls of a rollout actor: one per group in flight, and pings and weight updates beside them."""
+OTHER_CALLS = 1000
+"""Concurrent calls that a rollout actor takes beside those of training groups: evaluation, pings, weights, aborts."""
 
 
 POOL_LABEL = "rl/pool"
@@ -49,7 +49,8 @@ def make_plan(resolved: Resolved, initial_version: int, labelled: frozenset[str]
         engine_options={
             **_resources(config.rollout.num_cpus, engine_gpus(config)),
             **_on_nodes_of("rollout", labelled),
-            "max_concurrency": CONTROL_CALLS,
+            # No ping may queue behind groups, which may all lie on one actor once the others are lost.
+            "max_concurrency": OTHER_CALLS + (config.pipeline.max_staleness + 1) * config.algorithm.prompts_per_step,
             "runtime_env": {"env_vars": {**source_path(), POOL_VARIABLE: "rollout", **engine_environment(engine)}},
         },
         learner_options={
