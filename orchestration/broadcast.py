@@ -35,10 +35,14 @@ class BroadcastPool(RolloutPool):
         """The learner's generation and the members in `_group`."""
 
     async def publish(self, weights: PublishedWeights) -> None:
-        """Bring this version to every serving member at once; the others fetch it. Raises `LearnerError`."""
-        self._newest = weights
+        """Bring this version to every serving member at once; the others fetch it. Raises `LearnerError`.
+
+        One that is published again is not broadcast: it is for those that could not fetch it.
+        """
+        again = self._newest is not None and self._newest.manifest.version == weights.manifest.version
+        self._announce(weights)
         members = [member for member in self.members if member.ready and member not in self._syncing]
-        if members:
+        if members and not again:
             await self._broadcast(weights, members)
         await super().publish(weights)
 

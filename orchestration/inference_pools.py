@@ -17,9 +17,9 @@ from orchestration.broadcast import BroadcastPool
 from orchestration.config import Config
 from orchestration.evaluate import MAX_GROUP, TwoPools
 from orchestration.plan import Plan, as_member, make_plan
-from orchestration.pools import VerifierPool
 from orchestration.rollout_pool import ROOM_PER_SEAT, RolloutPool
 from orchestration.validate import Resolved
+from orchestration.verifier_pool import VerifierPool
 from reward.actor import VerifierActor
 from rollout.actor import RolloutActor
 
@@ -38,6 +38,9 @@ def make_rollout_pool(config: Config, plan: Plan, learner: LearnerGroup | None =
         config.rollout.num_actors,
         request_timeout_s=config.rollout.request_timeout_s,
         sync_timeout_s=config.pipeline.sync_timeout_s,
+        republish_timeout_s=config.learner.step_timeout_s
+        + config.learner.startup_timeout_s
+        + config.pipeline.sync_timeout_s,
         max_in_flight=ROOM_PER_SEAT * config.rollout.max_num_seqs,
         startup_timeout_s=config.rollout.startup_timeout_s,
         hang_timeout_s=config.rollout.request_timeout_s,

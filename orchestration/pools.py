@@ -1,7 +1,8 @@
 """Pools of Ray actors that may die at any time: pick a member, call it with a deadline, replace it when it is lost.
 
 A lost member costs its own calls (`ActorLost`; the controller dispatches them again) and one restart of the budget.
-Ray restarts none: a replacement starts from the checkpoint, fetches the newest weights, and only then serves.
+Ray restarts none: a replacement starts from the checkpoint, fetches the newest weights, and only then serves. A first
+member that is killed or hangs while it starts is replaced like any other.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
@@ -29,9 +30,7 @@ from orchestration.failures import (
     within,
 )
 from rollout.full_store import is_store_full, store_full
-
-if TYPE_CHECKING:
-    from reward.verdict import Grade
+from rollout.weights import WeightError
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +100,7 @@ class ActorPool:
         """Set whenever a member becomes ready, free or newer; whoever waits clears it."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._fatal: BaseException | None = None
+        self._has_started = False
         self._idle_since = time.monotonic()
 
     @property
@@ -109,13 +109,17 @@ class ActorPool:
         return list(self._members.values())
 
     async def start(self) -> None:
-        """Wait until every member answers, then watch them. Raises `RunError` if one cannot start."""
-        try:
-            await asyncio.gather(*(self._bring_up(member) for member in self.members))
-        except (RayActorError, RayTaskError) as error:
-            cause = getattr(error, "cause", None) or error
-            raise RunError(f"a {self.name} actor cannot start: {type(cause).__name__}: {cause}") from error
+        """Wait until every member serves, then watch them.
+
+        Raises `RunError` if one cannot start: at once where its code says why, `PoolExhausted` where all of them die.
+        """
+        for member in self.members:
+            self._spawn(self._start(member), f"start {member.index}")
         self._spawn(self._watch(), "watch")
+        while not all(member.ready for member in self.members):  # every start has its own deadline
+            self.raise_if_broken()
+            await self._change()
+        self._has_started = True
         self.take_idle_share()  # counts from here: a pool that starts is not idle
 
     def raise_if_broken(self) -> None:
@@ -151,7 +155,7 @@ class ActorPool:
     def _add(self, index: int, failed_starts: int = 0) -> None:
         member = Member(index, self._create(index), failed_starts=failed_starts)
         self._members[index] = member
-        self._spawn(self._replace(member), f"start {index}")
+        self._spawn(self._start(member, RESTART_PAUSE_S), f"start {index}")
 
     async def _add_later(self, lost: Member) -> None:
         """The next one after some that did not start, later each time.
@@ -172,8 +176,8 @@ class ActorPool:
     async def call(self, member: Member, refs: Sequence[Any], deadline_s: float, what: str) -> list[Any]:
         """Await all refs of one actor call.
 
-        Raises `ActorLost` (and replaces the member), `InputLost` (the argument's fault alone), `StoreFull` (nobody's)
-        or `GroupFailed`.
+        Raises `ActorLost` (and replaces the member), `InputLost` (the argument's fault alone: gone, or torn weights),
+        `StoreFull` (nobody's) or `GroupFailed`.
         """
         try:
             return await within(asyncio.gather(*refs), deadline_s, what)
@@ -183,6 +187,8 @@ class ActorPool:
                 raise await store_full(what, member.actor) from error
             if isinstance(cause, ObjectLostError):
                 raise InputLost(f"{what}: {type(cause).__name__}") from error
+            if isinstance(cause, WeightError):
+                raise InputLost(f"{what}: {one_line(cause)}") from error
             if isinstance(error, ValueError):
                 raise GroupFailed(f"{what}: {cause}") from error
             self.lose(member, f"{what}: {one_line(error)}", "error")
@@ -234,18 +240,33 @@ class ActorPool:
         finally:
             ray.kill(member.actor)
 
-    async def _replace(self, member: Member) -> None:
-        await asyncio.sleep(RESTART_PAUSE_S)
+    async def _start(self, member: Member, pause_s: float = 0.0) -> None:
+        """Bring a member up; one that dies or hangs meanwhile is replaced."""
+        await asyncio.sleep(pause_s)
         try:
             await self._bring_up(member)
+        except ActorLost:
+            return  # while it was made ready to serve: its replacement is on its way
         except DeadlineExceeded as error:
-            if self._lacks_a_place(member):
-                logger.warning("%s; the pool goes on with its other actors", error)
-                self._spawn(self._replace(member), f"start {member.index}")
-            else:
-                self.lose(member, f"start-up: {one_line(error)}", "start")
+            self._did_not_start(member, error)
         except (RayActorError, RayTaskError) as error:
+            if not self._has_started and (isinstance(error, RayTaskError) or error.actor_init_failed):
+                raise self._cannot_start(error) from error  # its own code raised: another one would too
             self.lose(member, f"start-up: {one_line(error)}", "start")
+
+    def _cannot_start(self, error: RayTaskError | RayActorError) -> RunError:
+        cause = getattr(error, "cause", None) or error
+        return RunError(f"a {self.name} actor cannot start: {type(cause).__name__}: {cause}")
+
+    def _did_not_start(self, member: Member, late: DeadlineExceeded) -> None:
+        """Replace one that hangs; wait on for a place while others serve. Raises `late` where the pool cannot start."""
+        if not self._has_started and (member.failed_starts or node_of(member.actor) is None):
+            raise late  # hung twice, or the cluster is too small: the whole budget would say no more, an hour later
+        if self._lacks_a_place(member):
+            logger.warning("%s; the pool goes on with its other actors", late)
+            self._spawn(self._start(member, RESTART_PAUSE_S), f"start {member.index}")
+        else:
+            self.lose(member, f"start-up: {one_line(late)}", "start")
 
     def _lacks_a_place(self, member: Member) -> bool:
         """Whether the cluster has no room for it (its node is gone, no other came) while others of the pool serve."""
@@ -261,7 +282,7 @@ class ActorPool:
         self.changed.set()
 
     async def _prepare(self, member: Member) -> None:
-        """What a new member needs before it serves."""
+        """What a new member needs before it serves. Raises `ActorLost` when it will not."""
 
     async def _watch(self) -> None:
         while True:
@@ -281,9 +302,13 @@ class ActorPool:
             idle = now - member.progressed_at
             self.lose(member, f"{member.in_flight} requests in flight and no progress for {idle:.0f} s", "hang")
 
-    async def _wait_for_change(self) -> None:
+    async def _change(self) -> None:
+        """Until the next change, which nothing may promise: only inside of a wait that has a deadline."""
         self.changed.clear()
-        await within(self.changed.wait(), self._idle_deadline_s, f"a {self.name} actor to be free or up to date")
+        await self.changed.wait()
+
+    async def _wait_for_change(self) -> None:
+        await within(self._change(), self._idle_deadline_s, f"a {self.name} actor to be free or up to date")
 
     def _spawn(self, work: Any, what: str) -> None:
         task = asyncio.get_running_loop().create_task(work, name=f"{self.name}: {what}")
@@ -295,45 +320,3 @@ class ActorPool:
         if not task.cancelled() and task.exception() is not None and self._fatal is None:
             self._fatal = task.exception()
             self.changed.set()
-
-
-class VerifierPool(ActorPool):
-    """Verifier actors; each grades as many groups at a time as it has children."""
-
-    name = "verifier"
-    ATTEMPTS = 3
-
-    def __init__(
-        self, create: Callable[[int], Any], size: int, *, group_timeout_s: float, groups_per_member: int, **options: Any
-    ) -> None:
-        super().__init__(create, size, **options)
-        self._group_timeout_s = group_timeout_s
-        self._groups_per_member = groups_per_member
-
-    async def score(self, batch: Any, gold: str | dict[str, Any], rule: str) -> list[Grade]:
-        """Grade every row of a batch.
-
-        Raises `InputLost` when the batch is gone and `GroupFailed` when no member could within three attempts.
-        """
-        for _ in range(self.ATTEMPTS):
-            member = await self._free_member()
-            member.in_flight += 1
-            try:
-                ref = member.actor.score.remote(batch, gold, rule)
-                (grades,) = await self.call(
-                    member, [ref], self._group_timeout_s, f"grades from verifier {member.index}"
-                )
-                return grades
-            except ActorLost:
-                continue
-            finally:
-                member.in_flight -= 1
-                self.changed.set()
-        raise GroupFailed(f"verifier lost {self.ATTEMPTS} times on the same group")
-
-    async def _free_member(self) -> Member:
-        while True:
-            self.raise_if_broken()
-            if member := self.least_loaded(lambda member: member.in_flight < self._groups_per_member):
-                return member
-            await self._wait_for_change()

@@ -14,7 +14,8 @@ from orchestration import pools
 from orchestration.broadcast import BroadcastPool
 from rollout.nccl_transfer import Broadcast, NcclGroup, TransferError
 from rollout.transport import Link
-from rollout.weights import WeightManifest
+from rollout.weights import WeightError, WeightManifest
+from tests.orchestration.test_pools import task_error
 
 
 def weights(version: int) -> PublishedWeights:
@@ -25,8 +26,10 @@ def weights(version: int) -> PublishedWeights:
 class FakeActor:
     """Remembers how each version reached it."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, gone: Callable[[], set[int]]) -> None:
         self.index = index
+        self.gone = gone
+        """Indices of those that cannot fetch."""
         self.received: list[Broadcast] = []
         self.fetched: list[int] = []
         self.fail: Exception | None = None
@@ -40,6 +43,8 @@ class FakeActor:
 
     async def _update_weights(self, links: list[Link], parts: list[Any]) -> dict[str, float]:
         self.fetched.append(links[-1].manifest.version)
+        if self.index in self.gone():
+            raise task_error(WeightError("checksum 1, need 2"))
         return {"version": links[-1].manifest.version, "fetch_s": 0.1, "pause_s": 0.1, "num_bytes": 5}
 
     async def _receive_weights(self, broadcast: Broadcast) -> dict[str, float]:
@@ -72,6 +77,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.learner = FakeLearner()
+        self.gone: set[int] = set()
         self.actors: list[FakeActor] = []
         learner: Any = self.learner
         self.pool = BroadcastPool(
@@ -88,7 +94,7 @@ class Bench:
         )
 
     def _create(self, index: int) -> FakeActor:
-        self.actors.append(FakeActor(index))
+        self.actors.append(FakeActor(index, lambda: self.gone))
         return self.actors[-1]
 
     async def all_serve(self, version: int) -> None:
@@ -175,5 +181,27 @@ def test_a_learner_that_died_is_the_controllers_business(monkeypatch: pytest.Mon
         await bench.pool.publish(weights(2))
         assert bench.learner.groups[1] != bench.learner.groups[0], "another learner: another group"
         await bench.all_serve(2)
+
+    run(test, monkeypatch)
+
+
+def test_a_version_that_is_published_again_is_for_those_who_lack_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One could not fetch it from the store; the others have it and are not interrupted a second time."""
+
+    async def test(bench: Bench) -> None:
+        bench.pool.resize(3)
+        bench.gone = {2}
+        await bench.pool.publish(weights(1))
+        async with asyncio.timeout(5):
+            while not bench.pool.weights_lost:
+                await asyncio.sleep(0.01)
+        bench.gone = set()
+        await bench.pool.publish(weights(1))
+        await bench.all_serve(1)
+        assert len(bench.learner.groups) == 1
+        assert [actor.fetched for actor in bench.actors] == [[], [], [1, 1]]
+        assert [len(actor.received) for actor in bench.actors] == [1, 1, 0]
+        await bench.pool.publish(weights(2))
+        assert [len(actor.received) for actor in bench.actors] == [2, 2, 1]
 
     run(test, monkeypatch)

@@ -77,7 +77,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.setattr(rollout_pool, "LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(rollout_pool, "CUT_DEADLINE_S", 0.1)
 
-    def run(test: Callable[[Started], Coroutine[Any, Any, None]], size: int = 2, timeout_s: float = 60.0) -> None:
+    def run(
+        test: Callable[[Started], Coroutine[Any, Any, None]], size: int = 2, timeout_s: float = 60.0, **changes: float
+    ) -> None:
         async def with_pool() -> None:
             created: list[PretendedActor] = []
 
@@ -86,7 +88,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 return created[-1]
 
             options = {"startup_timeout_s": 5.0, "hang_timeout_s": 5.0, "restarts": 3, "sync_timeout_s": 5.0}
-            pool = RolloutPool(create, size, request_timeout_s=timeout_s, max_in_flight=8, **options)
+            pool = RolloutPool(create, size, request_timeout_s=timeout_s, max_in_flight=8, **options | changes)
             await pool.start()
             try:
                 await asyncio.wait_for(test((pool, created)), 5)
@@ -218,3 +220,25 @@ def test_a_cancelled_group_is_aborted_where_it_has_gone(run: Callable[..., None]
         assert pool.counts["aborted_requests"] == 2 and pool.members[0].in_flight == 1
 
     run(test)
+
+
+def test_a_cut_group_that_nobody_can_take_is_lost_by_its_own_deadline(run: Callable[..., None]) -> None:
+    """However much else changes in the pool meanwhile."""
+
+    async def test(started: Started) -> None:
+        pool, created = started
+        pool.members[1].version = 3
+        room = pool.reserve(4, lambda version: version == 3)
+        assert room is not None
+        call = asyncio.create_task(pool.generate(room, GROUP))
+        await until(lambda: created[1].calls == [None])
+        pool.resize(1)
+        created[1].was_cut.set()
+        while not call.done():
+            pool.changed.set()
+            await asyncio.sleep(0.02)
+        with pytest.raises(ActorLost, match="waited 0 s for a rollout actor at version 3 or newer, for a cut group"):
+            await call
+        assert room.member.in_flight == 0
+
+    run(test, startup_timeout_s=0.2, hang_timeout_s=0.2)
