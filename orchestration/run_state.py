@@ -1,37 +1,45 @@
 """The run directory: lease, resolved configuration, atomic checkpoints.
 
-    outputs/<name>/  config.yaml  summary.json  metrics.jsonl  groups.jsonl  trajectories/  plots/  driver.lock
-                     checkpoints/step_000040/{learner/, run_state.json, manifest.json}
+    outputs/<name>/  config.yaml  summary.json  metrics.jsonl  groups.jsonl  tracking.json  driver.log  driver.lock
+                     trajectories/  plots/  evaluations/
+                     checkpoints/step_000040/{learner/, run_state.json, config.yaml, tracking.json, manifest.json}
 
-A checkpoint is written aside, every file and directory is fsynced, the manifest with sizes and digests is written last,
-and one rename makes it visible: a reader sees all of it or nothing. The newest checkpoint whose digests hold is loaded;
-damaged ones are named and passed over, never unpickled. A disk that takes no more costs the new checkpoint only.
+`groups.jsonl` has a line for every trained step (`groups_log`). A checkpoint is written aside and one rename makes it
+visible: a reader sees all of it or nothing (`checkpoints`). The newest checkpoint whose digests hold is loaded; damaged
+ones are named and passed over, never unpickled. A disk that takes no more costs the new checkpoint only.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from learner.spec import CheckpointNotWritten
+from orchestration.checkpoints import all_in, commit, damage, name_of, prune, settle, sync, tidy
 from orchestration.config import Config, ConfigError, dump_config
 from orchestration.failures import RunDirectoryBusy, RunError
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 RUN_STATE = "run_state.json"
 BEST = "best.json"
+LOCK = "driver.lock"
+COPIED = ("config.yaml", "tracking.json")
+"""Files of the run that every checkpoint holds too."""
+MARKS = (LOCK, "config.yaml", "metrics.jsonl", "checkpoints")
+"""Any of them means that a driver was here: the run can be resumed, at worst from its beginning."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system says that does not lock files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,31 +65,51 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.checkpoints = self.path / "checkpoints"
+        self.flush: Callable[[], None] = lambda: None
+        """Has on disk what `COPIED` refers to; called before a checkpoint is committed."""
+        self.last: Path | None = None
+        """The checkpoint that this process wrote last or went on from."""
         self._held: list[int] = []
         """Steps whose checkpoints are not pruned yet."""
+        self._writing: list[int] = []
+        """Steps whose checkpoints are being written."""
 
-    def create(self, config: Config, *, resume: bool) -> None:
-        """Make the directory and save the resolved configuration.
+    def check(self, *, resume: bool) -> None:
+        """Raise `ConfigError` when it holds a run and `resume` is off, or none and `resume` is on; makes nothing.
 
-        Raises `ConfigError` when it holds a run and `resume` is off, or holds none and `resume` is on.
+        An empty directory counts as a run that has not begun: somebody made a place for it.
         """
-        existing = bool(self._all()) or (self.path / "metrics.jsonl").exists()
-        if existing and not resume:
+        if not resume and (all_in(self.checkpoints) or (self.path / "metrics.jsonl").exists()):
             raise ConfigError(
                 f"output_dir={self.path}: holds a run already; add --resume to continue it, set another name or "
                 "output_dir, or remove the directory"
             )
-        if resume and not self.path.is_dir():
-            raise ConfigError(f"output_dir={self.path}: nothing to resume there; leave --resume out to start the run")
+        if resume and not self.is_run() and not (self.path.is_dir() and not any(self.path.iterdir())):
+            raise ConfigError(
+                f"output_dir={self.path}: nothing to resume there; correct name or output_dir, or leave --resume out "
+                "to start the run"
+            )
+
+    def is_run(self) -> bool:
+        """Whether a driver ever held this directory: its run can be resumed."""
+        return any((self.path / mark).exists() for mark in MARKS)
+
+    def create(self, config: Config, *, resume: bool) -> None:
+        """Make the directory and save the resolved configuration; raises as `check` does."""
+        self.check(resume=resume)
         for name in ("checkpoints", "trajectories", "plots"):
-            (self.path / name).mkdir(parents=True, exist_ok=True)
+            _make_directory(self.path / name)
         write_atomically(self.path / "config.yaml", dump_config(config).encode())
 
     @contextmanager
     def lease(self) -> Iterator[None]:
-        """Hold the directory for this process; the operating system frees it however the process ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "driver.lock").open("a+", encoding="utf-8") as lock:
+        """Hold the directory for this process, without what a killed one left half done.
+
+        The operating system frees it however the process ends. Raises `RunDirectoryBusy` where another holds it, and
+        `RunError` where nobody can.
+        """
+        _make_directory(self.path)
+        with (self.path / LOCK).open("a+", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -90,34 +118,51 @@ class RunDirectory:
                     f"{self.path}: another driver ({lock.read().strip()}) writes this run; stop it first, or give this "
                     "run another name"
                 ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                raise RunError(_no_locks(self.path, error)) from None
             lock.truncate(0)
             lock.write(f"pid {os.getpid()} on {os.uname().nodename}")
             lock.flush()
+            tidy(self.checkpoints)
             yield
 
     @contextmanager
     def new_checkpoint(self, state: RunState, keep_last: int) -> Iterator[Path]:
         """Yields the directory to fill; commits it when the block ends, leaves no trace when it raises.
 
-        Raises `CheckpointNotWritten` where the disk does not take it.
+        The block may be left on another thread than it was entered on. Raises `CheckpointNotWritten` where the disk
+        does not take it.
         """
-        aside = self._aside(state.step)
+        aside, final = self.checkpoints / f".writing-{state.step:06d}", self.checkpoints / name_of(state.step)
+        self._writing.append(state.step)
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             yield aside
             (aside / RUN_STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-            commit(aside, self.checkpoints / _name(state.step))
+            self.flush()
+            for name in COPIED:
+                if (self.path / name).is_file():
+                    (aside / name).write_bytes((self.path / name).read_bytes())
+            commit(aside, final)
         except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
             if isinstance(error, OSError):
                 raise CheckpointNotWritten(f"{self.checkpoints}: {error}") from error
             raise
-        self._prune(keep_last)
+        finally:
+            self._writing.remove(state.step)
+        self.last = final
+        # In this order: a step that is held no more was marked before.
+        held = [name_of(step) for step in tuple(self._held)]
+        best = self.best()
+        prune(self.checkpoints, state.step, keep_last, {*held, *([best[0].name] if best else [])})
 
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole; damaged ones are logged and passed over."""
-        for path in reversed(self._all()):
+        for path in reversed(all_in(self.checkpoints)):
             if problem := damage(path):
                 logger.warning("checkpoint %s is damaged (%s); trying the one before", path.name, problem)
                 continue
@@ -125,17 +170,19 @@ class RunDirectory:
         return None
 
     def resume_point(self) -> Path | None:
-        """Where a resumed run goes on; None where no checkpoint was ever written.
+        """Where a resumed run goes on; None where no checkpoint was ever written. Hold the lease.
 
         Raises `ConfigError` where all are damaged: starting over must be somebody's decision.
         """
         checkpoint = self.latest_checkpoint()
-        if checkpoint is None and self._all():
+        if checkpoint is not None:
+            self.last = settle(checkpoint)
+        elif found := all_in(self.checkpoints):
             raise ConfigError(
-                f"{self.checkpoints}: none of the {len(self._all())} checkpoints is whole; restore one from a copy, or "
+                f"{self.checkpoints}: none of the {len(found)} checkpoints is whole; restore one from a copy, or "
                 "remove the run directory to start over"
             )
-        return checkpoint
+        return self.last
 
     def checkpoint_of(self, step: int) -> Path | None:
         """The checkpoint of the step that this run last committed; None at step 0, where there is none.
@@ -144,7 +191,7 @@ class RunDirectory:
         """
         if step == 0:
             return None
-        path = self.checkpoints / _name(step)
+        path = self.checkpoints / name_of(step)
         if problem := damage(path):
             raise RunError(f"checkpoint {path.name} is damaged ({problem}); --resume goes on from the one before it")
         return path
@@ -159,42 +206,21 @@ class RunDirectory:
             self._held.remove(step)
 
     def is_writing(self, step: int) -> bool:
-        """Whether a checkpoint of this step is being written."""
-        return self._aside(step).exists()
+        """Whether this process is writing a checkpoint of this step."""
+        return step in self._writing
 
     def mark_best(self, checkpoint: Path, score: float) -> None:
         """Protect this checkpoint from pruning until a better one comes."""
         write_atomically(self.checkpoints / BEST, json.dumps({"name": checkpoint.name, "score": score}).encode())
 
     def best(self) -> tuple[Path, float] | None:
-        """The checkpoint with the best evaluation so far."""
+        """The checkpoint with the best evaluation so far, and its score; None without one, or when it is gone."""
         try:
             record = json.loads((self.checkpoints / BEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        return self.checkpoints / str(record["name"]), float(record["score"])
-
-    def _all(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("step_*"))
-
-    def _aside(self, step: int) -> Path:
-        return self.checkpoints / f".writing-{step:06d}"
-
-    def _prune(self, keep_last: int) -> None:
-        best = self.best()
-        kept = {best[0].name} if best else set()
-        kept.update(_name(step) for step in self._held)
-        for path in self._all()[:-keep_last]:
-            if path.name not in kept:
-                shutil.rmtree(path, onerror=_note_leftover)
-
-
-def _note_leftover(_: object, path: str, failure: tuple[Any, BaseException, Any]) -> None:
-    logger.warning("%s: an old checkpoint cannot be removed: %s", path, failure[1])
-
-
-def _name(step: int) -> str:
-    return f"step_{step:06d}"
+        checkpoint = self.checkpoints / str(record["name"])
+        return (checkpoint, float(record["score"])) if checkpoint.is_dir() else None
 
 
 def load_state(checkpoint: Path) -> RunState:
@@ -209,70 +235,27 @@ def load_state(checkpoint: Path) -> RunState:
     return RunState(**record)
 
 
-def commit(aside: Path, final: Path) -> None:
-    """fsync everything under `aside`, write its manifest, and rename it to `final`.
-
-    An older one of that name stays readable, under a name that sorts behind it, until the new one is there.
-    """
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
-    entries = {str(path.relative_to(aside)): _size_and_digest(path) for path in files}
-    for path in files:
-        _sync(path)
-    (aside / MANIFEST).write_text(json.dumps({"files": entries}), encoding="utf-8")
-    _sync(aside / MANIFEST)
-    for directory in [*(path for path in aside.rglob("*") if path.is_dir()), aside]:
-        _sync(directory)
-    replaced = final.with_name(f"{final.name}.replaced")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    aside.rename(final)
-    _sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint (None: nothing): manifest, sizes, digests, links or paths that lead outside."""
-    try:
-        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"no readable manifest: {error}"
-    for name, expected in entries.items():
-        path = checkpoint / name
-        if path.is_symlink() or not path.resolve().is_relative_to(checkpoint.resolve()):
-            return f"{name} leads outside"
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {expected['size']}"
-        if _size_and_digest(path) != expected:
-            return f"{name} has another digest"
-    unknown = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()} - {*entries, MANIFEST}
-    return f"{sorted(unknown)[0]} is not in the manifest" if unknown else None
-
-
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a small file so that a reader sees the old or the new content, also after a crash."""
     aside = path.with_name(f".{path.name}.writing")
     aside.write_bytes(content)
-    _sync(aside)
+    sync(aside)
     aside.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _size_and_digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = _digest(file)
-    return {"size": path.stat().st_size, "blake2b": digest}
+def _make_directory(path: Path) -> None:
+    """With its parents; their entries survive a power cut."""
+    made = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in made:
+        sync(place.parent)
 
 
-def _digest(file: IO[bytes]) -> str:
-    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()  # type: ignore[arg-type]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _no_locks(path: Path, error: OSError) -> str:
+    mount = next(place for place in (path, *path.parents) if place.is_mount())
+    return (
+        f"{path}: the file system at {mount} does not lock files ({error.strerror}), so nothing would keep a second "
+        "driver out; set output_dir to storage with locks, or mount it with them (NFS: a running lock service and no "
+        "`nolock`; Lustre: -o flock)"
+    )
