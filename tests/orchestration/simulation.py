@@ -10,6 +10,7 @@ import asyncio
 import math
 import random
 import selectors
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from learner.spec import BatchesLost, LearnerError, PublishedWeights
 from orchestration.config import Config, parse_config
 from orchestration.controller import Controller
 from orchestration.dataset import PromptRow, PromptStream, Visit
-from orchestration.failures import ActorLost
+from orchestration.failures import ActorLost, GroupFailed
 from orchestration.parts import Parts
 from orchestration.rollout_pool import ROOM_PER_SEAT, Reservation
 from orchestration.run_state import RunDirectory, RunState, load_state
@@ -33,15 +34,28 @@ FETCH_S = 20.0
 """Until a learner knows that a batch is lost: Ray's health check of the node that had it."""
 
 
-class SimulatedLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer instead of waiting."""
+class Killed(Exception):
+    """The driver's process is gone."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+
+class SimulatedLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer instead of waiting, and that may be killed at any turn."""
+
+    def __init__(self, killed_at: int | None = None) -> None:
+        self.now, self.turns, self.killed_at = 0.0, 0, killed_at
         super().__init__(_JumpingSelector(self))
 
     def time(self) -> float:
         return self.now
+
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        """At once: what a thread does takes no simulated time."""
+        done = self.create_future()
+        try:
+            done.set_result(func(*args))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
 
 class _JumpingSelector(selectors.DefaultSelector):
@@ -50,6 +64,10 @@ class _JumpingSelector(selectors.DefaultSelector):
         self._loop = loop
 
     def select(self, timeout: float | None = None) -> list:
+        """Between two turns, outside of every callback: an exception from here ends the loop and unwinds nothing."""
+        self._loop.turns += 1
+        if self._loop.turns == self._loop.killed_at:
+            raise Killed
         ready = super().select(0)
         if not ready and timeout:
             self._loop.now += timeout
@@ -78,6 +96,8 @@ class Timing:
     base_step_s: float = 0.006
     step_per_response_s: float = 0.00004
     train_s: float = 10.0
+    publish_s: float = 0.0
+    save_s: float = 0.0
     sync_s: float = 0.05
     restart_s: float = 25.0
 
@@ -94,6 +114,10 @@ class SimulatedRollout:
         self.actors = [SimulatedActor(index, asyncio.Semaphore(slots_per_actor)) for index in range(actors)]
         self.max_in_flight, self.timing, self.rng = ROOM_PER_SEAT * slots_per_actor, timing, rng
         self.lose: Callable[[str], bool] = lambda group_id: False
+        self.refuse: Callable[[str], bool] = lambda group_id: False
+        """Whether no actor can ever generate this group."""
+        self.oldest: dict[str, int] = {}
+        """Version of the actor that started a group, by group id."""
         self.busy_seats_s = 0.0
 
     def raise_if_broken(self) -> None:
@@ -108,8 +132,11 @@ class SimulatedRollout:
         return Reservation(actor, actor.version, size)
 
     async def generate(self, room: Reservation, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
-        member, started = room.member, room.version
+        member, started = room.member, room.member.version
+        self.oldest[requests[0].group_id] = started
         try:
+            if self.refuse(requests[0].group_id):
+                raise GroupFailed("simulated")
             lengths = [self.timing.draw_length(self.rng) for _ in requests]
             await asyncio.gather(*(self._decode(member, length) for length in lengths))
             if self.lose(requests[0].group_id):
@@ -175,9 +202,9 @@ class SimulatedLearner:
 
     timing: Timing
     trained: list[str] = field(default_factory=list)
-    ages: list[int] = field(default_factory=list)
     busy_s: float = 0.0
-    die: Callable[[], bool] = lambda: False
+    die: Callable[[str], bool] = lambda phase: False
+    """Asked at the end of a phase: train, publish, save."""
     gone: Callable[[str], bool] = lambda group_id: False
     """Whether this group's batch was lost with its node."""
 
@@ -186,25 +213,30 @@ class SimulatedLearner:
             await asyncio.sleep(FETCH_S)
             raise BatchesLost(lost)
         await asyncio.sleep(self.timing.train_s)
-        if self.die():
-            raise LearnerError("rank 0 died in train (simulated)")
+        self._live_through("train")
         self.busy_s += self.timing.train_s
         self.trained += [group.group_id for group in groups]
         return {"loss/policy": 0.0}
 
     async def publish(self, version: int) -> PublishedWeights:
+        await asyncio.sleep(self.timing.publish_s)
+        self._live_through("publish")
         return PublishedWeights(WeightManifest(version, (), ()), ())
 
     async def save(self, directory: Path) -> None:
         directory.mkdir(parents=True)
-        if self.die():
-            raise LearnerError("rank 0 died in save (simulated)")
+        await asyncio.sleep(self.timing.save_s)
+        self._live_through("save")
         (directory / "trained.txt").write_text("\n".join(self.trained), encoding="utf-8")
 
     async def start(self, checkpoint: Path | None) -> dict[str, float]:
         await asyncio.sleep(self.timing.restart_s)
         self.trained = (checkpoint / "trained.txt").read_text(encoding="utf-8").split("\n") if checkpoint else []
         return {}
+
+    def _live_through(self, phase: str) -> None:
+        if self.die(phase):
+            raise LearnerError(f"rank 0 died in {phase} (simulated)")
 
 
 def simulated_config(tmp_path: Path, **changes: Any) -> Config:
@@ -226,6 +258,11 @@ def simulated_config(tmp_path: Path, **changes: Any) -> Config:
     return parse_config(tree, "simulation")
 
 
+def prompt_rows(number: int) -> list[PromptRow]:
+    """p0, p1, ..."""
+    return [PromptRow(f"p{i}", ({"role": "user", "content": "q"},), "1", "s", "math", i) for i in range(number)]
+
+
 @dataclass
 class Simulation:
     """One simulated run; `run()` may raise what the controller raises."""
@@ -238,21 +275,37 @@ class Simulation:
     prompts: int = 1000
     prepare: Callable[[Simulation], None] = lambda simulation: None
     resume: bool = False
+    killed_at: int | None = None
+    """Turn of the event loop at which the driver is killed: nothing of it unwinds, as long as `self` is kept."""
+    killed: bool = False
 
     def run(self) -> Simulation:
-        self.loop = SimulatedLoop()
+        self.loop = SimulatedLoop(self.killed_at)
         try:
             self.loop.run_until_complete(self._run())
+        except Killed:
+            self.killed = True
         finally:
             self.elapsed_s = self.loop.now
-            self.loop.close()
+            if not self.killed:
+                self.loop.close()
         return self
+
+    def bury(self) -> None:
+        """After a kill, when nobody looks at the run directory any more: unwind what it left unfinished."""
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.loop.close()
+
+    def trained_prompts(self) -> Counter[str]:
+        """How often each prompt id is in the learner's state."""
+        return Counter(group_id.rpartition("@")[0] for group_id in self.learner.trained)
 
     async def _run(self) -> None:
         rng = random.Random(self.seed)
-        rows = [
-            PromptRow(f"p{i}", ({"role": "user", "content": "q"},), "1", "s", "math", i) for i in range(self.prompts)
-        ]
+        rows = prompt_rows(self.prompts)
         stream = PromptStream(rows, seed=0)
         self.directory = RunDirectory(Path(self.config.output_dir or ""))
         self.directory.create(self.config, resume=self.resume)
@@ -287,5 +340,7 @@ class Simulation:
         return state, [Visit(rows[prompt_id], visit) for prompt_id, visit in state.pending]
 
     async def _after_step(self, step: int, version: int, metrics: StepMetrics) -> None:
-        self.ages += metrics.ages
+        ages = [version - 1 - self.rollout.oldest[group.visit.group_id] for group in metrics.groups]
+        assert metrics.ages == ages, "what is reported is what was trained"
+        self.ages += ages
         self.metrics.append(metrics.values)

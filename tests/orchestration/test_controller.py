@@ -12,14 +12,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from learner.spec import CheckpointNotWritten, LearnerError, NonFiniteGradients
+from orchestration.controller import Controller
+from orchestration.dataset import PromptStream
 from orchestration.failures import RunError
 from orchestration.run_state import load_state
 from rollout.full_store import StoreFull
-from tests.orchestration.simulation import Simulation, Timing, simulated_config
+from tests.orchestration.simulation import Simulation, Timing, prompt_rows, simulated_config
 
-
-class Killed(BaseException):
-    """The driver is gone: nothing of it runs any more."""
+TURNS_OF_A_RUN = 3300
+"""Of the event loop, in the test of kills; a run that others have begun takes fewer."""
 
 
 def test_bound_zero_alternates_generation_and_training(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_lost_groups_come_back_and_nothing_is_trained_twice(tmp_path: Path) -> N
 @settings(max_examples=30, deadline=None)
 @given(
     gone=st.lists(st.integers(0, 60), max_size=2, unique=True),  # with a death three setbacks in a row: no more may be
-    dies=st.none() | st.integers(1, 20),
+    dies=st.none() | st.integers(1, 30),
     bound=st.integers(0, 3),
 )
 @example(gone=[0, 1, 2, 3], dies=None, bound=0)  # a whole batch
@@ -81,16 +82,16 @@ def test_a_lost_batch_costs_its_group_only(gone: list[int], dies: int | None, bo
                 return True
             return False
 
-        def die() -> bool:
-            calls["train or save"] += 1
-            return calls["train or save"] == dies
+        def die(phase: str) -> bool:
+            calls["of the learner"] += 1
+            return calls["of the learner"] == dies
 
         simulation.learner.gone, simulation.learner.die = is_gone, die
 
     config = simulated_config(tmp_path_factory.mktemp("gone"), steps=12, pipeline__max_staleness=bound)
-    simulation = Simulation(config, prepare=prepare).run()
+    simulation = Simulation(config, prepare=prepare, prompts=48).run()
     counts = simulation.controller.slots.counts
-    assert len(simulation.learner.trained) == len(set(simulation.learner.trained)) == counts["trained"] == 48
+    assert simulation.trained_prompts() == once_each(48) and counts["trained"] == 48
     assert counts["requeued"] == len(lost) == len([number for number in gone if number < calls["fetched"]])
     assert max(simulation.ages) <= bound
     if dies is None:
@@ -107,8 +108,8 @@ def test_learner_death_repeats_at_most_the_steps_since_the_checkpoint(tmp_path: 
     deaths = []
 
     def die_once(simulation: Simulation) -> None:
-        def die() -> bool:
-            if len(simulation.learner.trained) >= 28 and not deaths:
+        def die(phase: str) -> bool:
+            if phase == "train" and len(simulation.learner.trained) >= 28 and not deaths:
                 deaths.append(simulation.controller.step)
                 return True
             return False
@@ -116,10 +117,9 @@ def test_learner_death_repeats_at_most_the_steps_since_the_checkpoint(tmp_path: 
         simulation.learner.die = die
 
     config = simulated_config(tmp_path, steps=12, checkpoint__every_steps=5)
-    simulation = Simulation(config, prepare=die_once).run()
+    simulation = Simulation(config, prepare=die_once, prompts=48).run()
     assert deaths == [7]
-    trained = simulation.learner.trained
-    assert len(trained) == len(set(trained)) == 48, "the two steps since the checkpoint were repeated, not added"
+    assert simulation.trained_prompts() == once_each(48), "the two steps since the checkpoint were repeated, not added"
     assert simulation.controller.slots.counts["dropped/learner lost"] >= 4 + 2 * 4
     assert max(simulation.ages) <= 2
 
@@ -245,7 +245,7 @@ def full_disk(after_step: int, lasts: int) -> Callable[[Simulation], None]:
 def test_a_learner_that_keeps_dying_ends_the_run(tmp_path: Path) -> None:
     config = simulated_config(tmp_path, steps=3)
     with pytest.raises(LearnerError, match="rank 0 died"):
-        Simulation(config, prepare=lambda s: setattr(s.learner, "die", lambda: True)).run()
+        Simulation(config, prepare=lambda s: setattr(s.learner, "die", lambda phase: True)).run()
 
 
 def test_a_group_that_never_finishes_is_dropped_for_age_and_issued_again(tmp_path: Path) -> None:
@@ -339,52 +339,95 @@ def test_an_answer_whose_grader_failed_counts_as_wrong_or_is_masked(tmp_path: Pa
 
 
 @settings(max_examples=40, deadline=None)
-@given(deaths=st.lists(st.integers(0, 30), max_size=3, unique=True), bound=st.integers(0, 3), every=st.integers(1, 5))
-@example(deaths=[15], bound=0, every=5)  # in the last checkpoint
+@given(deaths=st.lists(st.integers(0, 45), max_size=3, unique=True), bound=st.integers(0, 3), every=st.integers(1, 5))
+@example(deaths=[27], bound=0, every=5)  # in the last checkpoint
+@example(deaths=[8, 9, 10], bound=2, every=3)  # in a publication, and while the next generation starts
 def test_learner_deaths_in_any_phase(deaths: list[int], bound: int, every: int, tmp_path_factory) -> None:
     calls = Counter()
 
     def prepare(simulation: Simulation) -> None:
-        def die() -> bool:
-            calls["train or save"] += 1
-            return calls["train or save"] in deaths
+        def die(phase: str) -> bool:
+            calls["of the learner"] += 1
+            return calls["of the learner"] in deaths
 
         simulation.learner.die = die
 
     config = simulated_config(
         tmp_path_factory.mktemp("deaths"), steps=12, pipeline__max_staleness=bound, checkpoint__every_steps=every
     )
-    simulation = Simulation(config, prepare=prepare).run()
-    assert len(simulation.learner.trained) == len(set(simulation.learner.trained)) == 48
+    simulation = Simulation(config, prepare=prepare, prompts=48, timing=Timing(publish_s=2.0, save_s=2.0)).run()
+    assert simulation.trained_prompts() == once_each(48), "every prompt of the pass, none twice"
     assert max(simulation.ages) <= bound
     assert simulation.controller.slots.counts["trained"] == 48
 
 
+@pytest.mark.parametrize("bound", [0, 1])
+def test_a_slot_is_free_once_its_group_was_trained_and_its_version_published(bound: int, tmp_path: Path) -> None:
+    """While a publication lasts its batch is outstanding: nothing may start in its place."""
+    published: list[int] = []
+
+    def watch(simulation: Simulation) -> None:
+        publish = simulation.learner.publish
+
+        async def watched(version: int):
+            slots = simulation.controller.slots
+            weights = await publish(version)
+            assert slots.training and slots.version == version - 1
+            assert slots.counts["dispatched"] <= slots.counts["trained"] + slots.capacity
+            published.append(version)
+            return weights
+
+        simulation.learner.publish = watched
+
+    config = simulated_config(tmp_path, steps=4, pipeline__max_staleness=bound)
+    Simulation(config, prepare=watch, timing=Timing(publish_s=30.0)).run()
+    assert published == [1, 2, 3, 4]
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_kill_at_any_moment_then_resume_commits_every_prompt_once(data: st.DataObject, tmp_path_factory) -> None:
-    """30 random kills: over a complete pass every prompt id is committed exactly once."""
-    tmp_path = tmp_path_factory.mktemp("kill")
-    config = simulated_config(tmp_path, steps=15, checkpoint__every_steps=data.draw(st.integers(1, 6)))
-    kills = data.draw(st.lists(st.floats(0.0, 180.0), min_size=1, max_size=3))
-    simulation = None
-    for kill_at in [*kills, None]:
+@given(
+    every=st.integers(1, 6),
+    bound=st.integers(0, 3),
+    kills=st.lists(st.integers(2, TURNS_OF_A_RUN), min_size=1, max_size=3),
+)
+def test_kill_at_any_moment_then_resume_commits_every_prompt_once(
+    every: int, bound: int, kills: list[int], tmp_path_factory
+) -> None:
+    """30 random points: over a complete pass every prompt id is committed once, or failed with a reason."""
+    config = simulated_config(
+        tmp_path_factory.mktemp("kill"), steps=15, checkpoint__every_steps=every, pipeline__max_staleness=bound
+    )
+    bad = [next(visits).group_id for visits in [PromptStream(prompt_rows(61), seed=0)] for _ in range(10)][-1]
+    attempts: list[Simulation] = []
+    controllers: list[Controller] = []
 
-        def kill_later(simulation: Simulation, kill_at: float | None = kill_at) -> None:
-            def kill() -> None:
-                raise Killed
+    def prepare(simulation: Simulation) -> None:
+        simulation.rollout.refuse = lambda group_id: group_id == bad
+        reached = controllers[-1].step if controllers else 0
+        assert reached - every <= simulation.controller.step <= reached, "at most so many steps are repeated"
+        controllers.append(simulation.controller)
 
-            if kill_at is not None:
-                simulation.loop.call_later(kill_at, kill)
+    for killed_at in [*kills, None]:
+        attempt = Simulation(
+            config,
+            prompts=61,
+            prepare=prepare,
+            seed=len(attempts),
+            timing=Timing(publish_s=1.0, save_s=1.0),
+            resume=bool(attempts),
+            killed_at=killed_at,
+        ).run()
+        attempts.append(attempt)
+        assert attempt.killed or killed_at is None or attempt.loop.turns < killed_at
+    assert attempt.trained_prompts() == once_each(61) - Counter([bad.partition("@")[0]])
+    counts = attempt.controller.slots.counts
+    assert counts["trained"] == 60 and counts["failed/generation or grading"] == 1
+    assert max(attempt.ages, default=0) <= bound
+    for attempt in attempts:
+        if attempt.killed:
+            attempt.bury()
 
-        simulation = Simulation(
-            config, prompts=60, prepare=kill_later, seed=len(kills), resume=kill_at is None or simulation is not None
-        )
-        try:
-            simulation.run()
-        except Killed:
-            continue
-    assert simulation is not None
-    assert Counter(simulation.learner.trained).most_common(1)[0][1] == 1
-    assert len(simulation.learner.trained) == 60, "15 steps of 4 groups are one pass over 60 prompts"
-    assert max(simulation.ages, default=0) <= 2
+
+def once_each(prompts: int) -> Counter[str]:
+    """A complete pass."""
+    return Counter(f"p{i}" for i in range(prompts))
