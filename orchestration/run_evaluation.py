@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 FOLDER = "evaluations"
 SUMMARY = "summary.json"
 WRITING_POLL_S = 0.1
+WRITING_DEADLINES = 2
+"""The learner has `learner.step_timeout_s` to save its state; digests and fsync of it get as long."""
 
 
 @dataclass(slots=True)
@@ -104,9 +106,25 @@ class RunEvaluation:
                 logger.error("evaluation of step %d failed: %s", step, failure)
                 self.log({"evaluation/failed": 1}, step)
                 return
-            while self.directory.is_writing(step):  # ends with the learner's own deadline for saving
-                await asyncio.sleep(WRITING_POLL_S)
-            self._mark_best(step)
+            if await self._is_written(step):
+                self._mark_best(step)
+
+    async def _is_written(self, step: int) -> bool:
+        """Wait until no checkpoint of this step is being written; False, with an error, where that takes too long."""
+        seconds = WRITING_DEADLINES * self.config.learner.step_timeout_s
+        deadline = time.monotonic() + seconds
+        while self.directory.is_writing(step):
+            if time.monotonic() > deadline:
+                logger.error(
+                    "the checkpoint of step %d is still being written after %.0f s (%g x learner.step_timeout_s): "
+                    "whether it is the best is left open",
+                    step,
+                    seconds,
+                    WRITING_DEADLINES,
+                )
+                return False
+            await asyncio.sleep(WRITING_POLL_S)
+        return True
 
     async def _evaluate(self, step: int) -> None:
         if not self.prompts or self._load(step):

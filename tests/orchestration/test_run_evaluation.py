@@ -17,25 +17,26 @@ from orchestration.run_state import RunDirectory, RunState
 from tests.orchestration.test_evaluate import MemoryPools, prompt_set
 
 
-def config(**evaluation: Any) -> Config:
+def config(step_timeout_s: float, **evaluation: Any) -> Config:
     tree = {
         "name": "run",
         "steps": 6,
         "model": {"path": "model"},
         "data": {"train": {"path": "train.jsonl"}},
         "evaluation": {"samples": 4, **evaluation},
+        "learner": {"step_timeout_s": step_timeout_s},
     }
     return parse_config(tree, "test")
 
 
 class Harness:
-    def __init__(self, directory: Path, pools: Any = None, **evaluation: Any) -> None:
+    def __init__(self, directory: Path, pools: Any = None, *, step_timeout_s: float = 60, **evaluation: Any) -> None:
         self.logged: list[tuple[int, Mapping[str, float]]] = []
         self.pools = pools or MemoryPools()
         self.directory = RunDirectory(directory)
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.evaluation = RunEvaluation(
-            config(**evaluation),
+            config(step_timeout_s, **evaluation),
             (prompt_set("a", "b"),),
             self.pools,
             self.directory,
@@ -127,6 +128,28 @@ def test_a_checkpoint_is_kept_until_its_evaluation_has_ended(gate: str, tmp_path
             await run()
 
     asyncio.run(in_time())
+
+
+def test_a_checkpoint_that_is_written_for_ever_does_not_hold_the_end_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The writer hangs: an error, and the run ends. What a killed writer left is no writer at all."""
+    harness = Harness(tmp_path, every_steps=2, before_and_after=False, step_timeout_s=0.2)
+    (tmp_path / "checkpoints" / ".writing-000004").mkdir()
+
+    async def run() -> None:
+        async with asyncio.timeout(20):
+            with harness.directory.new_checkpoint(RunState(2, 2, {}), 1):
+                harness.evaluation.after_step(2)
+                await harness.evaluation.finish(2)
+            assert "the checkpoint of step 2 is still being written after 0 s" in caplog.text
+            assert harness.directory.best() is None
+            caplog.clear()
+            harness.evaluation.after_step(4)
+            await harness.evaluation.finish(4)
+            assert "still being written" not in caplog.text
+
+    asyncio.run(run())
 
 
 def test_the_last_checkpoint_may_be_the_best(tmp_path: Path) -> None:
