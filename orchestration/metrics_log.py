@@ -71,10 +71,10 @@ class MetricsLog:
             item = self._next_item(RETRY_EVERY_S if self._lines.unwritten else FSYNC_EVERY_S)
             self._lines.add(item if isinstance(item, dict) else {})
             if not isinstance(item, dict) or time.monotonic() - synced_at > FSYNC_EVERY_S:
-                self._lines.sync()
+                synced = self._lines.sync()
                 synced_at = time.monotonic()
-            if isinstance(item, threading.Event) and not self._lines.unwritten:
-                item.set()
+                if isinstance(item, threading.Event) and synced:
+                    item.set()
             if item is None:
                 self._lines.close()
                 return
@@ -115,12 +115,14 @@ class LineFile:
                 return
         self._refused = False
 
-    def sync(self) -> None:
-        """Have what was written on the disk itself."""
+    def sync(self) -> bool:
+        """Whether all that was added is on the disk itself."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
             logger.error("%s: cannot sync: %s", self.path, error)
+            return False
+        return not self.unwritten
 
     def close(self) -> None:
         """No more lines; says how many the disk did not take."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 import uuid
@@ -21,8 +20,11 @@ from typing import Any, Literal, Protocol
 from orchestration.metrics_log import complete_lines
 from orchestration.mlflow_sink import RunDescription, SinkRefused, SinkRejected, SinkUnavailable
 from orchestration.redaction import redact_text
+from orchestration.run_state import write_atomically
 
 FinalStatus = Literal["FINISHED", "KILLED", "FAILED"]
+STATE = "tracking.json"
+METRICS = "metrics.jsonl"
 POLL_S = 1.0
 LINES_PER_BATCH = 50
 FIRST_PAUSE_S = 1.0
@@ -43,7 +45,7 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class MirrorState:
-    """What survives a restart, in `tracking.json`."""
+    """What survives a restart, in `tracking.json` of the run directory; every checkpoint has a copy."""
 
     run_key: str = field(default_factory=lambda: uuid.uuid4().hex)
     destination: str = ""
@@ -61,23 +63,41 @@ class MirrorState:
     """(name, directory) of an exported model not registered yet."""
 
     @classmethod
-    def load(cls, path: Path) -> MirrorState:
-        """The state of earlier attempts, or a new one."""
-        if not path.is_file():
+    def load(cls, run_dir: Path, checkpoint: Path | None = None) -> MirrorState:
+        """The state of earlier attempts, where that is damaged or gone the one of `checkpoint`, or a new one.
+
+        Its cursor fits the metrics log: a power cut may have taken lines from that which were delivered.
+        """
+        files = [place / STATE for place in (run_dir, checkpoint) if place is not None]
+        state = next(filter(None, map(cls._read, files)), None)
+        if state is None:
             return cls()
+        state.cursor = _line_start(run_dir / METRICS, state.cursor)
+        return state
+
+    @classmethod
+    def _read(cls, path: Path) -> MirrorState | None:
+        if not path.is_file():
+            return None
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
             tree["artifacts"] = [(file, folder) for file, folder in tree["artifacts"]]
             return cls(**tree)
         except (ValueError, TypeError, KeyError) as error:
-            logger.error("%s: damaged (%s); the run gets a new entry in MLflow", path, error)
-            return cls()
+            logger.error("%s: damaged (%s); a checkpoint's copy is taken, or the run is new to MLflow", path, error)
+            return None
 
-    def save(self, path: Path) -> None:
-        """Replace the file atomically."""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        os.replace(temporary, path)
+    def save(self, run_dir: Path) -> None:
+        """Replace the file atomically, on disk when this returns."""
+        write_atomically(run_dir / STATE, json.dumps(asdict(self)).encode())
+
+
+def _line_start(path: Path, cursor: int) -> int:
+    """The last offset up to `cursor` at which a line of a file begins, or would begin."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return file.read(cursor).rfind(b"\n") + 1
 
 
 class Mirror:
@@ -87,8 +107,8 @@ class Mirror:
         self._sink = sink
         self._run = run
         self._state = state
-        self._state_file = run_dir / "tracking.json"
-        self._metrics_file = run_dir / "metrics.jsonl"
+        self._run_dir = run_dir
+        self._metrics_file = run_dir / METRICS
         self._lock = threading.Lock()
         """Guards `state.artifacts` and `state.final_status`, which the caller changes, and the saving of the state."""
         self._started = False
@@ -132,7 +152,7 @@ class Mirror:
         """Deliver what is left within `timeout_s`; what is not delivered is kept, and False returned."""
         with self._lock:
             self._state.final_status = status
-        self._save()
+        self.save()
         self._closing = True
         self._wake.set()
         self._thread.join(timeout_s)
@@ -143,7 +163,7 @@ class Mirror:
             logger.warning(
                 "MLflow did not take everything in time; metrics.jsonl has all of it, and the next attempt of this run "
                 "(or `python -m orchestration.tracking %s`) sends the rest",
-                self._state_file.parent,
+                self._run_dir,
             )
         return complete
 
@@ -175,11 +195,11 @@ class Mirror:
 
     def _deliver(self) -> None:
         if self._unsaved:
-            self._save()
+            self.save()
         if not self._started:
             self._state.run_id = self._sink.start(self._run)
             self._started = True
-            self._save()
+            self.save()
         while not self._abandoned and self._deliver_batch():
             pass
         while not self._abandoned and self._state.artifacts:
@@ -205,7 +225,7 @@ class Mirror:
             )
         self._state.cursor = lines[-1][0]
         self._state.delivered_step = max([self._state.delivered_step, *(record["step"] for record in records)])
-        self._save()
+        self.save()
         return True
 
     def _deliver_artifact(self, path: str, folder: str) -> None:
@@ -218,7 +238,7 @@ class Mirror:
             logger.warning("%s vanished before it could be uploaded", path)
         with self._lock:
             self._state.artifacts.remove((path, folder))
-        self._save()
+        self.save()
 
     def _register_model(self, name: str, directory: str) -> None:
         try:
@@ -227,18 +247,19 @@ class Mirror:
             logger.error("MLflow rejected the model %s: %s", name, error)
         with self._lock:
             self._state.model = None
-        self._save()
+        self.save()
 
     def _is_drained(self) -> bool:
         size = self._metrics_file.stat().st_size if self._metrics_file.is_file() else 0
         return self._state.cursor >= size and not self._state.artifacts and self._state.model is None
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Have the state on disk as it is now (the thread does so after every delivery)."""
         with self._lock:
             if self._abandoned:
                 return
             try:
-                self._state.save(self._state_file)
+                self._state.save(self._run_dir)
                 self._unsaved = False
             except OSError as error:
-                logger.error("%s: cannot be written: %s", self._state_file, redact_text(str(error)))
+                logger.error("%s: cannot be written: %s", self._run_dir / STATE, redact_text(str(error)))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from orchestration.config import Config, load_config
 from orchestration.metrics_log import MetricsLog
-from orchestration.mirror import FinalStatus, Mirror, MirrorState
+from orchestration.mirror import METRICS, FinalStatus, Mirror, MirrorState
 from orchestration.mlflow_sink import MlflowSink, RunDescription, flatten
 from orchestration.provenance import provenance_tags
 from orchestration.redaction import redact, redact_text
@@ -42,20 +42,24 @@ class Tracker:
 
     @classmethod
     def open(
-        cls, config: Config, *, tags: Mapping[str, str] | None = None, datasets: Sequence[tuple[str, str, str]] = ()
+        cls,
+        config: Config,
+        *,
+        tags: Mapping[str, str] | None = None,
+        datasets: Sequence[tuple[str, str, str]] = (),
+        checkpoint: Path | None = None,
     ) -> Tracker:
         """Start logging into the run directory of `config`, and mirroring unless `tracking.mlflow` is false.
 
-        `datasets` are (name, digest, path).
+        `datasets` are (name, digest, path); the `checkpoint` that the run goes on from replaces a lost `tracking.json`.
         """
         run_dir = config.run_dir.absolute()
         run_dir.mkdir(parents=True, exist_ok=True)
-        state_file = run_dir / "tracking.json"
-        state = MirrorState.load(state_file)
+        state = MirrorState.load(run_dir, checkpoint)
         state.attempt += 1
         state.final_status = None
-        state.save(state_file)
-        log = MetricsLog(run_dir / "metrics.jsonl", attempt=state.attempt)
+        state.save(run_dir)
+        log = MetricsLog(run_dir / METRICS, attempt=state.attempt)
         if not config.tracking.mlflow:
             return cls(log, None, None)
         tracker = cls(
@@ -101,8 +105,11 @@ class Tracker:
         return self._mirror.delivered_step if self._mirror else 0
 
     def flush(self) -> None:
-        """Have all metrics on disk (a checkpoint calls this)."""
-        self._log.flush()
+        """Have all metrics on disk, and what MLflow has of them (a checkpoint calls this); a warning where not."""
+        if not self._log.flush():
+            logger.warning("%s: the disk does not take the metrics in time for this checkpoint", self._log.path)
+        if self._mirror is not None:
+            self._mirror.save()
 
     def close(self, status: FinalStatus) -> None:
         """Write everything, give the mirror at most five seconds, and stop."""
@@ -149,7 +156,7 @@ def mlflow_store(config: Config) -> tuple[str, Path | None]:
 def send_rest(run_dir: Path, timeout_s: float) -> bool:
     """Send what an ended run could not deliver; False if it did not all go within `timeout_s`."""
     config = load_config(run_dir / "config.yaml")
-    state = MirrorState.load(run_dir / "tracking.json")
+    state = MirrorState.load(run_dir)
     mirror = _start_mirror(config, state, run_dir.absolute(), {})
     return mirror.close(state.final_status or "KILLED", timeout_s)
 

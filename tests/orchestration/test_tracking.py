@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import statistics
 import threading
 import time
@@ -182,6 +184,86 @@ def test_a_damaged_state_file_costs_a_new_entry_and_no_metrics(server: FakeMlflo
     tracker.close("FINISHED")
 
 
+@pytest.mark.parametrize("loss", ["damaged", "gone"])
+def test_a_checkpoint_brings_a_lost_state_file_back(server: FakeMlflow, tmp_path: Path, loss: str) -> None:
+    """The same run, no step sent twice but those after the checkpoint."""
+    run_dir, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_000003"
+    tracker = open_tracker(run_dir, server)
+    log_steps(tracker, range(1, 4))
+    wait_until(lambda: tracker.delivered_step == 3, "the steps")
+    tracker.flush()
+    checkpoint.mkdir(parents=True)
+    shutil.copy(run_dir / "tracking.json", checkpoint)
+    log_steps(tracker, range(4, 6))
+    wait_until(lambda: 5 in server.steps, "steps after the checkpoint")
+    tracker.close("KILLED")
+    (run_dir / "tracking.json").unlink()
+    if loss == "damaged":
+        (run_dir / "tracking.json").write_text("{dam")
+    config = configure(run_dir, tracking={"mlflow_uri": server.uri})
+    tracker = Tracker.open(config, checkpoint=checkpoint)
+    log_steps(tracker, range(6, 7))
+    wait_until(lambda: 6 in server.steps, "the next step")
+    assert tracker.attempt == 2
+    tracker.close("FINISHED")
+    assert len(server.runs) == 1
+    assert server.steps == [1, 2, 3, 4, 5, 4, 5, 6]
+
+
+def test_a_flush_has_metrics_and_cursor_on_disk(
+    server: FakeMlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = open_tracker(tmp_path / "run", server)
+    wait_until(lambda: tracker.mlflow_run_id is not None, "the run")
+    tracker.artifact(tmp_path / "later.png")
+    log_steps(tracker, range(1, 4))
+    synced: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (synced.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number))
+    )
+    tracker.flush()
+    state = json.loads((tmp_path / "run" / "tracking.json").read_text())
+    assert state["run_id"] == tracker.mlflow_run_id and state["attempt"] == 1
+    assert {str(tmp_path / "run" / "metrics.jsonl"), str(tmp_path / "run")} <= set(synced)
+    assert any(path.endswith(".tracking.json.writing") for path in synced), "it survives a power cut"
+    tracker.close("FINISHED")
+
+
+def test_a_full_disk_at_a_checkpoint_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker.open(configure(tmp_path / "run", tracking={"mlflow": False}))
+    tracker._log.flush = lambda: False  # type: ignore[method-assign]
+    tracker.flush()
+    assert "does not take the metrics in time" in caplog.text
+    tracker.close("FINISHED")
+
+
+@pytest.mark.parametrize("torn", [0, 7])
+def test_a_log_that_lost_its_end_to_a_power_cut_is_sent_on_from_there(tmp_path: Path, torn: int) -> None:
+    """tracking.json was synced, the last lines of metrics.jsonl were not: no later line is passed over or cut."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", attempt=1)
+    for step in range(1, 11):
+        log.append({"reward/mean": step}, step)
+    log.close()
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    MirrorState(run_id="run0", cursor=sum(map(len, lines)), delivered_step=10).save(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:torn])
+    state = MirrorState.load(tmp_path)
+    assert state.cursor == sum(map(len, lines[:6]))
+    log = MetricsLog(tmp_path / "metrics.jsonl", attempt=2)
+    sink = MoodySink([])
+    mirror = Mirror(sink, RunDescription("t", "e", "key", None, {}, {}), state, tmp_path)
+    mirror.start()
+    for step in range(7, 16):
+        log.append({"a/longer": step}, step)
+    log.close()
+    assert mirror.close("FINISHED", DEADLINE_S)
+    assert sink.steps == list(range(7, 16))
+    cut = MirrorState(cursor=state.cursor + 5)
+    cut.save(tmp_path)
+    assert MirrorState.load(tmp_path).cursor == state.cursor, "never in the middle of a line"
+
+
 def test_another_server_gets_the_whole_history(server: FakeMlflow, tmp_path: Path) -> None:
     tracker = open_tracker(tmp_path / "run", server)
     log_steps(tracker, range(1, 4))
@@ -347,7 +429,7 @@ def test_whatever_fails_every_line_arrives_in_order(
         patch.setattr(mirror_module, "LONGEST_PAUSE_S", 0.001)
         patch.setattr(mirror_module, "LINES_PER_BATCH", lines)
         for first, last in ((1, stop), (stop, 30)):
-            mirror = Mirror(sink, run, MirrorState.load(directory / "tracking.json"), directory)
+            mirror = Mirror(sink, run, MirrorState.load(directory), directory)
             mirror.start()
             for step in range(first, last):
                 log.append({"reward/mean": step}, step)
@@ -383,12 +465,12 @@ def test_a_call_that_returns_after_closing_changes_nothing(tmp_path: Path) -> No
     mirror.start()
     assert sink.entered.wait(DEADLINE_S)
     assert not mirror.close("KILLED", 0.1)
-    state = MirrorState.load(tmp_path / "tracking.json")
+    state = MirrorState.load(tmp_path)
     assert (state.cursor, state.final_status) == (0, "KILLED")
     sink.release.set()
     wait_until(lambda: sink.steps == [1], "the late answer")
     time.sleep(0.1)
-    assert MirrorState.load(tmp_path / "tracking.json") == state, "another process may be using this file by now"
+    assert MirrorState.load(tmp_path) == state, "another process may be using this file by now"
     assert sink.status is None
 
 
