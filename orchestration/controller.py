@@ -189,20 +189,19 @@ class Controller:
                 self._metrics.add("time/learner_wait_s", _now() - started)
                 return group_ids
             blocking = self.slots.blocking()
-            if not blocking:
+            if blocking is None:
                 blocked_since = _now()
             elif _now() - blocked_since > self.config.pipeline.group_deadline_s:
-                self._drop_for_age(blocking)
+                self._drop_for_age(blocking, _now() - blocked_since)
                 continue
             await self._wait_for_change()
         return None
 
-    def _drop_for_age(self, group_ids: Sequence[str]) -> None:
-        deadline = self.config.pipeline.group_deadline_s
-        for group_id in group_ids:
-            logger.warning("group %s dropped: not finished %.0f s after it became due", group_id, deadline)
-            self._producers.pop(group_id).cancel()
-            self._ledger.drop(group_id, "age")
+    def _drop_for_age(self, group_id: str, waited_s: float) -> None:
+        logger.warning("group %s dropped: training waited %.0f s, and it is the oldest in flight", group_id, waited_s)
+        self._producers.pop(group_id).cancel()
+        self._ledger.drop(group_id, "age")
+        self._changed.set()
 
     async def _train(self, group_ids: list[str]) -> None:
         """One training step at the current version, and the publication of what it made."""

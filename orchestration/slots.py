@@ -14,8 +14,13 @@ w, w + 1, ..., u + S, which is each one's last permitted step. It is kept by eve
 * completion can only raise a group's version (its oldest token is never older than its dispatch), which lowers N;
 * a batch is taken only if what it leaves satisfies the inequalities for w + 1. The B oldest complete groups are the
   best choice for every u at once; if even they do not do, the learner waits for an older group still generating;
+* its publication changes nothing: the version that was being made is now there, so w stays, and no group of it waits;
 * a batch put back undoes its taking: w falls by one, which adds B to every bound, and no N(u) grows by more than B;
-* a drop or a failure lowers N; a requeue is a drop and a dispatch.
+* a batch that fails in training lets w fall likewise, and adds nothing to any N;
+* a roll back publishes a version without a batch, so w rises where none was being trained, and nothing was consumed for
+  it: the oldest waiting groups are given up, each of which lowers N at least where any other would, until the
+  inequalities hold for the new w;
+* a drop, a failure or a requeue of a waiting group lowers N; its next dispatch is checked like any other.
 At u = w - 1 - S the inequality reads N(u) <= 0: nothing waiting is older than S at the next step.
 
 S = 0 allows B groups at the current version and nothing while a step runs: exact synchronous training.
@@ -134,12 +139,14 @@ class Slots:
             return None
         return [slot.group_id for slot in chosen]
 
-    def blocking(self) -> list[str]:
-        """Groups still generating whose age forbids training without them, oldest first; [] if none blocks."""
+    def blocking(self) -> str | None:
+        """The oldest group still generating, where a batch without any of those would let one grow too old; else None.
+
+        To give it up lowers N(u) wherever another one would; after all of them nothing blocks.
+        """
         if self.training or len(self._of(Phase.COMPLETE)) < self.batch or self.next_batch() is not None:
-            return []
-        generating = sorted(self._of(Phase.GENERATING), key=lambda slot: (slot.version, slot.order))
-        return [slot.group_id for slot in generating if slot.version < self.version]
+            return None
+        return min(self._of(Phase.GENERATING), key=lambda slot: (slot.version, slot.order)).group_id
 
     def start_training(self, group_ids: Sequence[str]) -> None:
         """The learner consumes these groups at the current version; ages are checked again here."""
@@ -251,8 +258,5 @@ class Slots:
             raise SlotError(f"{len(self._slots)} groups outstanding, {self.capacity} slots")
         if not self._fits(self._waiting(), self.next_step_version):
             raise SlotError(f"a waiting group cannot be trained within {self.max_staleness} versions")
-        ended = sum(
-            count for key, count in self.counts.items() if key.split("/")[0] in ("trained", "dropped", "failed")
-        )
-        if self.counts["dispatched"] != ended + len(self._slots):
+        if self.counts["dispatched"] != self._ended() + len(self._slots):
             raise SlotError(f"conservation: {dict(self.counts)} with {len(self._slots)} outstanding")

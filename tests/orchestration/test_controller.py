@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from orchestration.controller import Controller
 from orchestration.dataset import PromptStream
 from orchestration.failures import RunError
 from orchestration.run_state import load_state
+from orchestration.slots import Phase
 from rollout.full_store import StoreFull
 from tests.orchestration.simulation import Simulation, Timing, prompt_rows, simulated_config
 
@@ -248,22 +250,49 @@ def test_a_learner_that_keeps_dying_ends_the_run(tmp_path: Path) -> None:
         Simulation(config, prepare=lambda s: setattr(s.learner, "die", lambda phase: True)).run()
 
 
-def test_a_group_that_never_finishes_is_dropped_for_age_and_issued_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hangs", ["generation", "grading"])
+def test_a_group_that_never_finishes_is_dropped_for_age_and_issued_again(hangs: str, tmp_path: Path) -> None:
+    """After the deadline, not before; a younger one that takes long, too, goes on."""
     seen: Counter[str] = Counter()
+    drops: list[tuple[str, float, list[str]]] = []
+    issued: list[tuple[str, float]] = []
 
-    def hang_first(simulation: Simulation) -> None:
-        decode = simulation.rollout._decode
+    def hang_one(simulation: Simulation) -> None:
+        decode, ledger = simulation.rollout._decode, simulation.controller._ledger
+        drop, issue, score = ledger.drop, ledger.issue, simulation.verifier.score
+        endless = 10**9 if hangs == "generation" else 3000
 
         async def slow(member, tokens):
-            seen["groups"] += 1
-            await decode(member, tokens if seen["groups"] != 5 else 10**9)
+            seen["responses"] += 1
+            await decode(member, {41: endless, 57: 12000}.get(seen["responses"], tokens))
 
-        simulation.rollout._decode = slow
+        async def grade(batch, gold, rule):
+            seen["graded"] += 1
+            await asyncio.sleep(10**7 if hangs == "grading" and seen["graded"] == 21 else 0)
+            return await score(batch, gold, rule)
 
-    config = simulated_config(tmp_path, steps=8, pipeline__max_staleness=1, pipeline__group_deadline_s=50.0)
-    simulation = Simulation(config, prepare=hang_first).run()
-    assert simulation.controller.slots.counts["dropped/age"] == 1
-    assert len(set(simulation.learner.trained)) == 32
+        def watched(group_id: str, reason: str) -> None:
+            drops.append((group_id, simulation.loop.now, simulation.controller.slots.groups(Phase.GENERATING)))
+            drop(group_id, reason)
+
+        def watched_issue(actor_version: int):
+            visit = issue(actor_version)
+            issued.append((visit.group_id, simulation.loop.now))
+            return visit
+
+        simulation.rollout._decode, simulation.verifier.score = slow, grade
+        ledger.drop, ledger.issue = watched, watched_issue
+
+    config = simulated_config(tmp_path, steps=30, pipeline__max_staleness=4, pipeline__group_deadline_s=50.0)
+    timing = Timing(sigma=0.3, mean_length=3000, cap=6000, train_s=4.0)  # others are generated for several steps, too
+    simulation = Simulation(config, prepare=hang_one, timing=timing, prompts=120).run()
+    assert simulation.controller.slots.counts["dropped/age"] == len(drops) == 1
+    ((group_id, dropped_at, generating),) = drops
+    assert simulation.controller.slots.counts["dispatched"] == 121 and len(generating) == 2
+    assert simulation.trained_prompts() == once_each(120), "the dropped prompt was issued again"
+    waits = [metrics["time/learner_wait_s"] for metrics in simulation.metrics]
+    assert 50 < max(waits) < 60
+    assert (group_id, dropped_at) in issued, "its slot and its prompt are free at once"
 
 
 def test_stop_request_leaves_a_checkpoint_with_everything(tmp_path: Path) -> None:
