@@ -44,19 +44,36 @@ async def follow_requests(run_dir: Path, resize: Callable[[int], None]) -> None:
     """Call `resize` for every new request; a malformed one is logged and ignored. Runs until cancelled."""
     path = run_dir / CONTROL
     path.unlink(missing_ok=True)  # a request to an earlier attempt
-    seen = None
+    seen = b""
+    readable = True
     while True:
         await asyncio.sleep(LOOK_EVERY_S)
-        if not path.exists() or (text := path.read_text(encoding="utf-8")) == seen:
-            continue
-        seen = text
         try:
-            size = int(json.loads(text)["rollout_actors"])
-        except (ValueError, KeyError, TypeError) as error:
-            logger.error("%s is not a request: %s", path, error)
+            text = path.read_bytes()
+        except FileNotFoundError:
             continue
-        logger.info("rollout pool: %d actors were asked for", size)
-        resize(size)
+        except OSError as error:
+            if readable:  # once per outage
+                logger.error("%s: cannot be read (%s), trying again", path, error)
+            readable = False
+            continue
+        readable = True
+        if text != seen:
+            seen = text
+            _follow(path, text, resize)
+
+
+def _follow(path: Path, text: bytes, resize: Callable[[int], None]) -> None:
+    try:
+        size = int(json.loads(text)["rollout_actors"])
+    except (ValueError, KeyError, TypeError) as error:
+        logger.error("%s is not a request: %s", path, error)
+        return
+    if not 1 <= size <= MAX_ACTORS:
+        logger.error("%s is not a request: rollout_actors=%d; give a number from 1 to %d", path, size, MAX_ACTORS)
+        return
+    logger.info("rollout pool: %d actors were asked for", size)
+    resize(size)
 
 
 def _is_running(run_dir: Path) -> bool:

@@ -1,21 +1,19 @@
 """`softgrpo train`: start the pools, run the controller, leave a usable run directory whatever happens.
 
-Exit codes: 0 done; 75 stopped with a checkpoint (resubmit with --resume); 1 error; 2 configuration (raised as
-`ConfigError` before any actor starts).
+Exit codes: 0 done; 75 stopped, --resume goes on from a checkpoint or, where there was no step to keep, from the
+beginning; 1 error; 2 configuration (raised as `ConfigError` before any actor starts).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
 from learner.group import LearnerGroup
@@ -28,21 +26,21 @@ from orchestration.controller import Controller
 from orchestration.dataset import PromptStream, Visit, dataset_digest
 from orchestration.draining import DrainWatcher, Resident, node_of, own_node
 from orchestration.evaluate import TwoPools
-from orchestration.failures import RunError
+from orchestration.failures import RunError, one_line
 from orchestration.groups_log import GroupsLog
 from orchestration.inference_pools import make_rollout_pool, make_verifier_pool
+from orchestration.initial_model import with_end_of_thinking
 from orchestration.logs import also_to, set_policy_version
 from orchestration.metrics_export import MetricsExporter
 from orchestration.mirror import FinalStatus
-from orchestration.model_facts import read_model_facts
 from orchestration.parts import Parts
 from orchestration.plan import make_plan
 from orchestration.progress import Progress
-from orchestration.prompt_tokenizer import PromptTokenizer
 from orchestration.run_evaluation import RunEvaluation
 from orchestration.run_state import RunDirectory, load_state
 from orchestration.scale import follow_requests
 from orchestration.step_metrics import StepMetrics
+from orchestration.stopping import StopSignals, how_to_go_on
 from orchestration.tracking import Tracker
 from orchestration.trajectory_sample import save_sample
 from orchestration.validate import Resolved, validate
@@ -57,45 +55,39 @@ DRAIN_SHARE = 0.8
 
 def run_training(config: Config, *, resume: bool) -> int:
     """One attempt at a run; returns the exit code."""
+    directory, signals = RunDirectory(config.run_dir), StopSignals()
     try:
-        return _run_attempt(config, resume=resume)
-    except RunError as error:  # before the pools were up: there is nothing to save
-        logger.error("%s", error)
-        return EXIT_ERROR
+        with signals.caught():
+            return _run_attempt(config, directory, signals, resume=resume)
+    except SystemExit:  # a signal before the pools were up
+        if directory.is_run():
+            logger.info("stopped before the first step; %s", how_to_go_on(directory))
+            return EXIT_STOPPED
+        logger.error("stopped before anything was started; run the same command again")
+    except (RunError, OSError) as error:  # before the pools were up: there is nothing to save
+        logger.error("the run cannot start: %s", error)
+    return EXIT_ERROR
 
 
-def _run_attempt(config: Config, *, resume: bool) -> int:
+def _run_attempt(config: Config, directory: RunDirectory, signals: StopSignals, *, resume: bool) -> int:
+    directory.check(resume=resume)  # before the lease makes the directory
     resolved = validate(config).require_complete()
     for warning in resolved.warnings:
         logger.warning("%s", warning)
-    directory = RunDirectory(config.run_dir)
     with directory.lease():
         directory.create(config, resume=resume)
         with also_to(directory.path / "driver.log"), connected(config):
+            signals.install()
             resolved = with_end_of_thinking(resolved, directory.path / "initial_model")
-            return asyncio.run(TrainingRun(resolved, directory, resume=resume).run())
-
-
-def with_end_of_thinking(resolved: Resolved, prepared: Path) -> Resolved:
-    """The same run from a copy of the model that has the end-of-thinking token, where the recipe asks to add it."""
-    model, tokenizer = resolved.config.model, resolved.tokenizer
-    if not model.add_end_of_thinking or tokenizer is None or tokenizer.token_id(str(model.end_of_thinking)) is not None:
-        return resolved
-    if not (prepared / "config.json").is_file():
-        from learner.add_token import add_token
-
-        logger.info("adding %s to the model's vocabulary", model.end_of_thinking)
-        task = ray.remote(num_cpus=1)(add_token).remote(resolved.model_dir, str(model.end_of_thinking), prepared)
-        ray.get(task, timeout=resolved.config.learner.startup_timeout_s)
-    facts = read_model_facts(prepared)
-    return replace(resolved, model_dir=prepared, model=facts, tokenizer=PromptTokenizer(prepared))
+            return asyncio.run(TrainingRun(resolved, directory, signals, resume=resume).run())
 
 
 class TrainingRun:
     """Everything between a connected cluster and an exit code."""
 
-    def __init__(self, resolved: Resolved, directory: RunDirectory, *, resume: bool) -> None:
+    def __init__(self, resolved: Resolved, directory: RunDirectory, signals: StopSignals, *, resume: bool) -> None:
         assert resolved.train is not None
+        self.signals = signals
         self.config = resolved.config
         self.directory = directory
         self.prompts = resolved.train
@@ -104,8 +96,9 @@ class TrainingRun:
         self.checkpoint = directory.resume_point() if resume else None
         self.state = load_state(self.checkpoint) if self.checkpoint else None
         self.plan = make_plan(resolved, initial_version=0, labelled=labelled_pools())
-        self.tracker = Tracker.open(self.config, datasets=[_describe_dataset(resolved)])
+        self.tracker = Tracker.open(self.config, datasets=[_describe_dataset(resolved)], checkpoint=self.checkpoint)
         self.groups = GroupsLog(directory.path, attempt=self.tracker.attempt)
+        directory.flush = self._flush
         self.exporter = MetricsExporter(self.config.name)
         self.watchdog = Watchdog()
         self.controller: Controller | None = None
@@ -116,48 +109,59 @@ class TrainingRun:
     async def run(self) -> int:
         """Start, train, evaluate, stop; the tracker learns how it ended."""
         work = asyncio.create_task(self._work(), name="training run")
-        self._handle_signals(work)
         self.watchdog.start(asyncio.get_running_loop())
         status: FinalStatus = "FAILED"
+        with self.signals.asking(partial(self._stop, work, self.config.checkpoint.stop_grace_s)):
+            try:
+                status = await self._end_of(work)
+            finally:
+                self._close(status)
+        if status != "FINISHED":
+            logger.info("%s; %s", "stopped" if status == "KILLED" else "failed", how_to_go_on(self.directory))
+        return {"FINISHED": EXIT_DONE, "KILLED": EXIT_STOPPED}.get(status, EXIT_ERROR)
+
+    async def _end_of(self, work: asyncio.Task[None]) -> FinalStatus:
         try:
             await work
-            status = "KILLED" if self.stopping else "FINISHED"
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
-            status = "KILLED"
         except (RunError, LearnerError, StoreFull, OSError) as error:
             logger.error("%s", error, exc_info=isinstance(error, OSError))
             await self._save_what_is_left()
+            return "FAILED"
         except ConfigError:
             raise
         except Exception:  # the end of the process: whatever it was belongs into the run's own log too
             logger.exception("the run ends with an error that nobody expected")
-        finally:
+            return "FAILED"
+        return "KILLED" if self.stopping else "FINISHED"
+
+    def _close(self, status: FinalStatus) -> None:
+        try:
             if self.evaluation is not None:
                 self.evaluation.cancel()
             self._kill_pools()
+        finally:
             self.groups.close()
             self.tracker.close(status)
             self.watchdog.stop()
-        if status != "FINISHED":
-            held = self.directory.latest_checkpoint()
-            rest = f"continue with --resume from {held.name}" if held else "there is no checkpoint"
-            logger.info("%s; %s", "stopped" if status == "KILLED" else "failed", rest)
-        return {"FINISHED": EXIT_DONE, "KILLED": EXIT_STOPPED}.get(status, EXIT_ERROR)
 
     async def _work(self) -> None:
         await self._start()
         current = asyncio.current_task()
         assert current is not None
         drains = DrainWatcher(partial(self._residents, current))
-        watching = asyncio.create_task(drains.watch(), name="draining nodes")
-        scaling = asyncio.create_task(follow_requests(self.directory.path, self.rollout.resize), name="scale")
+        requests = follow_requests(self.directory.path, self.rollout.resize)
+        beside = [
+            _beside(drains.watch(), "watching for nodes that go", "none is noticed before it is gone"),
+            _beside(requests, "softgrpo scale", "no request is heard any more; stop and resume to change the pool"),
+        ]
         try:
             await self._train()
         finally:
-            watching.cancel()
-            scaling.cancel()
+            for task in beside:
+                task.cancel()
 
     async def _train(self) -> None:
         backlog = self._restore_stream()
@@ -259,14 +263,13 @@ class TrainingRun:
             metrics["sync/bytes"] = sum(report["num_bytes"] for report in reports)
         return metrics
 
-    def _handle_signals(self, work: asyncio.Task[None]) -> None:
-        """First signal: finish the step and checkpoint within the grace time. Second: stop now."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop, work, self.config.checkpoint.stop_grace_s)
+    def _flush(self) -> None:
+        """What a checkpoint's copies refer to; on the thread that commits it."""
+        self.tracker.flush()
+        self.groups.sync()
 
     def _stop(self, work: asyncio.Task[None], grace_s: float) -> None:
-        """Finish the step in progress and checkpoint; asked twice, or before the first step: stop now."""
+        """Finish the step in progress and checkpoint, in the grace time; asked twice, or before the first: stop now."""
         if self.stopping or self.controller is None:
             self.stopping = True
             work.cancel()
@@ -308,12 +311,27 @@ class TrainingRun:
     def _kill_pools(self) -> None:
         for name in ("rollout", "verifier", "learner"):
             if pool := getattr(self, name, None):
-                pool.kill()
+                try:
+                    pool.kill()
+                except Exception:  # Ray is gone, and its actors go with it: no reason to end otherwise than decided
+                    logger.exception("%s: its actors cannot be killed", name)
 
     def _fresh_directory(self, name: str) -> Path:
         path = self.directory.path / name
         path.mkdir(exist_ok=True)
         return path
+
+
+def _beside(work: Coroutine[Any, Any, None], name: str, lost: str) -> asyncio.Task[None]:
+    """A convenience beside training: should it die, the run goes on and its log says what is `lost`."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s ended with %s: %s", name, one_line(error), lost, exc_info=error)
+
+    task = asyncio.create_task(work, name=name)
+    task.add_done_callback(ended)
+    return task
 
 
 def _describe_dataset(resolved: Resolved) -> tuple[str, str, str]:

@@ -33,10 +33,19 @@ def test_requests_arrive_once_and_garbage_is_ignored(tmp_path: Path, monkeypatch
         with RunDirectory(tmp_path).lease():
             assert scale.main(["--run", str(tmp_path), "--rollout", "3"]) == 0
         await asyncio.sleep(0.1)
-        (tmp_path / scale.CONTROL).write_text("{")
+        for garbage in (b"{", b"\xff", b'{"rollout_actors": 0}'):
+            (tmp_path / scale.CONTROL).write_bytes(garbage)
+            await asyncio.sleep(0.1)
+        (tmp_path / scale.CONTROL).unlink()
+        (tmp_path / scale.CONTROL).mkdir()  # as good as a file system that does not answer
+        await asyncio.sleep(0.1)
+        (tmp_path / scale.CONTROL).rmdir()
+        with RunDirectory(tmp_path).lease():
+            assert scale.main(["--run", str(tmp_path), "--rollout", "4"]) == 0
         await asyncio.sleep(0.1)
         task.cancel()
 
     asyncio.run(drive())
-    assert sizes == [3]
-    assert "is not a request" in caplog.text
+    assert sizes == [3, 4]
+    assert caplog.text.count("is not a request") == 3
+    assert caplog.text.count("cannot be read") == 1, "once per outage"

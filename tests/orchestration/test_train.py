@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from orchestration import train
 from orchestration.groups_log import GroupsLog
-from orchestration.run_state import RunDirectory
+from orchestration.run_state import RunDirectory, RunState
 from orchestration.step_metrics import StepMetrics
+from orchestration.stopping import StopSignals
 from tests.orchestration.simulation import simulated_config
+from tests.orchestration.test_evaluate import prompt_set
 
 
 class Attempt(train.TrainingRun):
@@ -46,3 +51,56 @@ def test_a_step_writes_which_groups_it_trained(tmp_path: Path) -> None:
     (line,) = (attempt.directory.path / "groups.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 3, "version": 5, "attempt": 2, "trained": ["p1@0", "p2@1"]}
     assert attempt.logged == [(3, {"reward/mean": 0.5, "sync/version": 5})]
+
+
+def test_a_resumed_attempt_takes_tracking_back_and_its_checkpoints_hold_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a checkpoint holds is on disk before it is committed."""
+    monkeypatch.setattr(train, "make_plan", lambda *_, **__: None)
+    monkeypatch.setattr(train, "labelled_pools", frozenset)
+    monkeypatch.setattr(train, "MetricsExporter", lambda name: None)
+    monkeypatch.setattr(train, "_describe_dataset", lambda resolved: ("toy", "digest", "path"))
+    config = simulated_config(tmp_path, tracking__mlflow=False)
+    resolved: Any = SimpleNamespace(config=config, train=prompt_set("a", "b"), evaluation=())
+    directory = RunDirectory(config.run_dir)
+    directory.create(config, resume=False)
+    first = train.TrainingRun(resolved, directory, StopSignals(), resume=False)
+    first.tracker.log({"reward/mean": 0.5}, 1)
+    synced: list[str] = []
+    fsync = os.fsync
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            os, "fsync", lambda number: (synced.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number))
+        )
+        with directory.new_checkpoint(RunState(1, 1, first.stream.state()), 2) as aside:
+            pass
+    everything = synced.index(str(aside / "tracking.json"))
+    assert {str(directory.path / name) for name in ("metrics.jsonl", "groups.jsonl")} <= set(synced[:everything])
+    key = json.loads((directory.path / "tracking.json").read_text())["run_key"]
+    (directory.path / "tracking.json").write_text("{torn")
+    again = train.TrainingRun(resolved, RunDirectory(config.run_dir), StopSignals(), resume=True)
+    assert json.loads((directory.path / "tracking.json").read_text())["run_key"] == key
+    assert again.tracker.attempt == 2 and again.state is not None and again.state.step == 1
+    for attempt in (first, again):
+        attempt.tracker.close("KILLED")
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_what_dies_beside_training_says_what_is_lost(dies: bool, caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        if dies:
+            raise KeyError("no such field")
+        await asyncio.sleep(30)
+
+    async def run() -> None:
+        task = train._beside(work(), "watching for nodes that go", "none is noticed before it is gone")
+        await asyncio.sleep(0)
+        if not dies:
+            task.cancel()
+        await asyncio.wait([task])
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    expected = ["watching for nodes that go ended with KeyError: 'no such field': none is noticed"]
+    assert [message[: len(expected[0])] for message in caplog.messages] == (expected if dies else [])
