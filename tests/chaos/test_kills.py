@@ -1,16 +1,24 @@
-"""Real kills on the real stack (fault matrix rows 1, 7, 9 and 10): nothing is lost but seconds."""
+"""Real kills on the real stack in CI (fault matrix rows 1, 7 and 10): nothing is lost but seconds.
+
+Row 9, death in the middle of a weight transfer, is in `test_injected.py`: it needs a hand inside the process.
+"""
 
 from __future__ import annotations
 
+import os
+import random
+import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.chaos.faults import balanced, hit, wait_for_replacement
+from tests.chaos.faults import balanced, committed_once, go_on, hit, kill_driver, setbacks, stop, wait_for_replacement
 from tests.end_to_end.recipes import Run, make_inputs, recipe
 
 pytestmark = pytest.mark.slow
+
+SEED = int(os.environ.get("SOFTGRPO_CHAOS_SEED", random.randrange(10**6)))
+"""Of the moments at which the driver is killed; a failure names it."""
 
 
 @pytest.fixture(scope="module")
@@ -20,45 +28,60 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rollout_and_learner_killed_in_one_run(inputs: Path, tmp_path: Path) -> None:
     """A rollout actor dies in mid-generation, its replacement serves the newest weights; then the learner dies."""
-    steps = 600  # an idle machine makes 200 while an actor starts
-    run = Run(recipe(inputs, tmp_path / "run", rollout__num_actors=2, steps=steps, checkpoint__every_steps=10))
+    every, endless = 10, {"steps": 10**6, "checkpoint__stop_grace_s": 60}
+    run = Run(recipe(inputs, tmp_path / "run", rollout__num_actors=2, checkpoint__every_steps=every, **endless))
     run.wait_for_step(4)
     dead = hit(run, "ray::RolloutActor")
     wait_for_replacement(run, "ray::RolloutActor", dead, count=2)
-    reached = len(run.metrics())
     dead = hit(run, "ray::LearnerRank")
     wait_for_replacement(run, "ray::LearnerRank", dead, count=1)
-    assert run.wait() == 0, run.tail()
+    go_on(run, every)
 
-    counts = balanced(run, steps, groups_per_step=4)
+    counts = stop(run, groups_per_step=4)
     lines = run.metrics()
-    assert lines[-1]["failures/rollout_restarts"] == 1
+    assert lines[-1]["failures/rollout_restarts"] == lines[-1]["failures/learner_restarts"] == 1
     # Whether it had work when it died is chance; `test_controller.py` covers the requeue.
-    assert counts["dropped/learner lost"] <= (10 + 1) * 4, "more than the steps since the checkpoint were repeated"
-    repeated = len(lines) - steps
-    assert 0 <= repeated <= 10
-    assert reached < steps, "the learner was killed after the run had ended"
+    assert counts["dropped/learner lost"] <= (every + 1) * 4, "more than the steps since the checkpoint were repeated"
+    assert sum(setbacks(run)) <= every
     versions = [line["sync/version"] for line in lines]
     assert versions == sorted(set(versions)), "a version number was used for two policies"
 
 
-def test_driver_killed_and_resumed(inputs: Path, tmp_path: Path) -> None:
-    """kill -9 of the driver, twice, at moments of no importance; the resumed run commits every step once."""
-    steps = 60
-    config = recipe(inputs, tmp_path / "run", steps=steps, checkpoint__every_steps=5)
-    run = Run(config)
-    run.wait_for_step(12)
-    workers = [p for title in ("RolloutActor", "VerifierActor", "LearnerRank") for p in run.actors(f"ray::{title}")]
-    workers += [child for worker in workers for child in worker.children(recursive=True)]
-    run.kill()
-    _, alive = psutil.wait_procs(workers, timeout=30)
-    assert len(workers) > 3 and not alive, f"outlive the driver: {alive}"
-    seen = [line["step"] for line in run.metrics()]
+def test_driver_killed_three_times_in_one_pass(inputs: Path, tmp_path: Path) -> None:
+    """kill -9 of the driver at three random moments of a pass, one of them with pools of another size than before.
 
-    resumed = Run(config, "--resume")
-    assert resumed.wait() == 0, resumed.tail()
-    lines = resumed.metrics()
-    first = [line["step"] for line in lines][len(seen)]
-    assert first > seen[-1] - 5, "more than checkpoint_every steps were repeated"
-    balanced(resumed, steps, groups_per_step=4)
-    assert {line["attempt"] for line in lines} == {1, 2}
+    Every prompt is committed exactly once.
+    """
+    steps, every, rng = 80, 5, random.Random(SEED)
+    settings = {"checkpoint__every_steps": every, "data__train__limit": 4 * steps, "tracking__trajectories_every": 50}
+    config = recipe(inputs, tmp_path / "run", steps=steps, **settings)
+    try:
+        run = Run(config)
+        die_at_random(run, rng, least_steps=1)
+        # Two ranks load what one has saved, and (below) one what two have.
+        run = Run(config, "--resume", "learner.world_size=2", "rollout.num_actors=2")
+        die_at_random(run, rng, least_steps=every)
+        run = Run(config, "--resume")
+        die_at_random(run, rng, least_steps=0)
+        run = Run(config, "--resume")
+        assert run.wait() == 0, run.tail()
+        balanced(run, steps, groups_per_step=4)
+        assert committed_once(run, steps) == 1, "the run is one pass"
+        assert len(setbacks(run)) <= 3 and max(setbacks(run), default=0) <= every, "more was repeated than is allowed"
+        rollout_actors = {line["attempt"]: line["pool/rollout_actors"] for line in run.metrics()}
+        assert rollout_actors[1] == rollout_actors[4] == 1 and rollout_actors[2] == 2
+    except Exception as error:
+        error.add_note(f"SOFTGRPO_CHAOS_SEED={SEED}")
+        raise
+
+
+def die_at_random(run: Run, rng: random.Random, least_steps: int) -> None:
+    """Kill the driver `least_steps` to 15 steps after it started; with 0 steps, perhaps while it starts."""
+    lines, num_steps = len(run.metrics()), rng.randint(least_steps, 15)
+    if num_steps < 5 and not least_steps:
+        time.sleep(rng.uniform(0.0, 15.0))  # while it starts
+    else:
+        run.wait_for_step(lines + num_steps)
+        time.sleep(rng.uniform(0.0, 0.3))
+    assert run.process.poll() is None, f"ended before it was killed:\n{run.tail()}"
+    kill_driver(run)

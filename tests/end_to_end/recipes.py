@@ -59,7 +59,9 @@ class Run:
     """`python -m orchestration train` as a process of its own, in its own process group."""
 
     def __init__(self, config: Path, *arguments: str) -> None:
-        self.run_dir = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["output_dir"])
+        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+        self.run_dir = Path(tree["output_dir"])
+        self._in_cluster_of_test = tree["cluster"].get("address") is not None
         self.log = config.with_suffix(f".{time.monotonic_ns()}.log")
         command = [sys.executable, "-m", "orchestration", "train", "--config", str(config), *arguments]
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -96,10 +98,11 @@ class Run:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
 
     def descendants(self) -> list[Any]:
-        """All processes that the run has started, Ray's and ours."""
+        """All processes that the run has started, Ray's and ours; with a cluster of the test, all of that."""
         import psutil
 
-        return psutil.Process(self.process.pid).children(recursive=True)
+        root = os.getpid() if self._in_cluster_of_test else self.process.pid
+        return psutil.Process(root).children(recursive=True)
 
     def actors(self, title: str) -> list[Any]:
         """Worker processes whose title names this actor class (`ray::RolloutActor...`)."""
