@@ -30,7 +30,10 @@ class AlternatingLearner:
         self._engines = engines
 
     async def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        """As the learner's; a step that is refused makes no version, so the engines go on with the old one."""
+        """As the learner's; a step that is refused makes no version, so the engines go on with the old one.
+
+        Raises `RunError` where the engines cannot give the device up, or take it back from a step that is refused.
+        """
         await self._engines.sleep()
         try:
             return await self._learner.train(groups, step)

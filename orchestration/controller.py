@@ -8,10 +8,10 @@
 
 | task    | waits for                                     | unblocked by                   | deadline            |
 |---------|-----------------------------------------------|--------------------------------|---------------------|
-| feed    | a slot, and a rollout actor with room         | publish, a finished group      | none: it only feeds |
-| produce | its responses, then its grades                | rollout actor, verifier actor  | request_timeout_s   |
-| run     | a batch that leaves no group behind too long  | produce                        | group_deadline_s    |
-| train   | the learner                                   | learner ranks                  | step_timeout_s      |
+| feed    | a slot, and a rollout actor with room         | publish, a finished group      | that of run         |
+| produce | its responses, then its grades                | rollout actor, verifier actor  | of each call: pools |
+| run     | a batch that leaves no group behind too long  | produce; feed if none produces | group_deadline_s    |
+| train   | the learner, then its version                 | learner ranks                  | of each call: group |
 
 Invariants: `Slots` proves the staleness bound; every visit of a prompt ends as trained, dropped or failed, and what was
 trained counts only once a checkpoint holds it. The driver moves references and small numbers, never tensors.
@@ -22,22 +22,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from functools import partial
+from contextlib import AbstractContextManager, suppress
 
-from learner.spec import BatchesLost, CheckpointNotWritten, LearnerError, ReplayError
+from learner.spec import BatchesLost, CheckpointNotWritten, LearnerError, PublishedWeights, ReplayError
 from orchestration.config import Config
 from orchestration.dataset import Visit
-from orchestration.failures import ActorLost, GroupFailed, InputLost
+from orchestration.failures import ActorLost, GroupFailed, InputLost, RunError
 from orchestration.ledger import Ledger
+from orchestration.off_loop import in_thread, left_in_thread
 from orchestration.parts import Parts, Room
 from orchestration.run_state import RunState
-from orchestration.setbacks import Setbacks
+from orchestration.setbacks import Setbacks, nothing_moves
 from orchestration.slots import Slots
 from orchestration.step_metrics import FinishedGroup, StepMetrics
 from orchestration.watchdog import waiting_for
 from rollout.full_store import StoreFull
-from rollout.request import RolloutRequest, sample_seed
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +57,16 @@ class Controller:
             outcomes=state.counts if state else None,
         )
         self.stopping = False
+        self._size = config.algorithm.group_size
         self._changed = parts.rollout.changed
         self._ledger = Ledger(self.slots, parts.stream, backlog)
         self._setbacks = Setbacks(config, self._ledger)
         self._producers: dict[str, asyncio.Task[None]] = {}
         """By group id."""
-        self._verifying: set[str] = set()
+        self._moved_at = 0.0
+        """When a group was last started or left its producer, on the event loop's clock."""
+        self._concluded_at = 0.0
+        """When the step before was finished; at first, when the run began."""
         self._failure: BaseException | None = None
         """What a background task died of."""
         self._committed_step = self.step
@@ -71,18 +74,19 @@ class Controller:
 
     async def run(self) -> None:
         """Train until `config.steps` or a stop request; a checkpoint holds everything when it returns."""
+        self._concluded_at = _now()
         feeder = asyncio.create_task(self._feed(), name="feed")
         feeder.add_done_callback(self._background_ended)
         try:
             while self.step < self.config.steps:
-                with _watched(f"groups for step {self.step + 1}", self.config.pipeline.group_deadline_s):
-                    group_ids = await self._next_batch()
-                if group_ids is None:
-                    break
-                if self._setbacks.ungraded(group_ids, self.step + 1, self._metrics):
-                    self._changed.set()
-                    continue
                 try:
+                    with _watched(f"groups for step {self.step + 1}", self.config.pipeline.group_deadline_s):
+                        group_ids = await self._next_batch()
+                    if group_ids is None:
+                        break
+                    if self._setbacks.ungraded(group_ids, self.step + 1, self._metrics):
+                        self._changed.set()
+                        continue
                     await self._train(group_ids)
                     if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.config.steps:
                         await self.checkpoint()
@@ -113,7 +117,8 @@ class Controller:
         """
         started, state = _now(), self._ledger.state(self.step)
         try:
-            with self.parts.directory.new_checkpoint(state, self.config.checkpoint.keep_last) as directory:
+            writing = self.parts.directory.new_checkpoint(state, self.config.checkpoint.keep_last)
+            async with left_in_thread(writing) as directory:
                 await self.parts.learner.save(directory / "learner")
         except CheckpointNotWritten as error:
             what = f"no checkpoint of step {self.step}, the last one is of step {self._committed_step}: {error}"
@@ -128,14 +133,14 @@ class Controller:
 
     async def _feed(self) -> None:
         """Start groups as long as slots and rollout actors allow."""
-        size = self.config.algorithm.group_size
         while True:
-            while self._wants_more() and (room := self.parts.rollout.reserve(size, self.slots.can_dispatch)):
+            while self._wants_more() and (room := self.parts.rollout.reserve(self._size, self.slots.can_dispatch)):
                 visit = self._ledger.issue(room.version)
                 producer = asyncio.create_task(self._produce(visit, room), name=visit.group_id)
                 self._producers[visit.group_id] = producer
+                self._moved_at = _now()
                 producer.add_done_callback(self._background_ended)
-                producer.add_done_callback(partial(_release, room))
+                producer.add_done_callback(lambda _, room=room: room.release())  # type: ignore[misc]
             await self._wait_for_change()
 
     def _wants_more(self) -> bool:
@@ -147,8 +152,9 @@ class Controller:
         """One group from prompt to complete: generate, verify; or back to the backlog, or failed."""
         group_id = visit.group_id
         try:
-            batch, summary = await self.parts.rollout.generate(room, self._requests(visit))
-            self._verifying.add(group_id)
+            batch, summary = await self.parts.rollout.generate(room, self.parts.requests(visit, self.config))
+            self._setbacks.room_found()
+            self._ledger.generated(summary)
             grades = await self.parts.verifier.score(batch, visit.row.gold, visit.row.rule)
         except (ActorLost, InputLost) as loss:
             logger.warning("group %s is generated again: %s", group_id, loss)
@@ -161,24 +167,7 @@ class Controller:
             self._ledger.fail(group_id, "generation or grading")
         else:
             self._ledger.finish(FinishedGroup(batch, summary, grades, visit))
-        finally:
-            self._verifying.discard(group_id)
         self._changed.set()
-
-    def _requests(self, visit: Visit) -> list[RolloutRequest]:
-        prompt_ids, sampling = self.parts.prompt_ids(visit), self.config.sampling
-        return [
-            RolloutRequest(
-                request_id=f"{visit.group_id}/{index}",
-                group_id=visit.group_id,
-                prompt_id=visit.row.prompt_id,
-                sample_index=index,
-                seed=sample_seed(self.config.seed, visit.row.prompt_id, visit.visit, index),
-                prompt_ids=prompt_ids,
-                thinking=sampling.thinking,
-            )
-            for index in range(self.config.algorithm.group_size)
-        ]
 
     async def _next_batch(self) -> list[str] | None:
         """The next groups to train, waiting for those that may not be left behind; None on a stop request."""
@@ -188,12 +177,17 @@ class Controller:
             if group_ids := self.slots.next_batch():
                 self._metrics.add("time/learner_wait_s", _now() - started)
                 return group_ids
-            blocking = self.slots.blocking()
-            if blocking is None:
-                blocked_since = _now()
-            elif _now() - blocked_since > self.config.pipeline.group_deadline_s:
-                self._drop_for_age(blocking, _now() - blocked_since)
+            if self.parts.rollout.weights_lost:
+                await self._publish_again()
+            now, oldest, deadline = _now(), self.slots.blocking(), self.config.pipeline.group_deadline_s
+            if oldest is None:
+                blocked_since = now
+            elif now - blocked_since > deadline:
+                self._drop_for_age(oldest, now - blocked_since)
                 continue
+            still_since = max(started, self._moved_at)
+            if not self._producers and now - still_since > deadline:
+                raise nothing_moves(self._ledger, self.parts.rollout, self._size, now - still_since)
             await self._wait_for_change()
         return None
 
@@ -210,8 +204,12 @@ class Controller:
         ages = [self.slots.age(group_id) for group_id in group_ids]
         self.slots.start_training(group_ids)
         groups = [group.scored(self.config.reward.on_failure) for group in finished]
-        with _watched(f"step {self.step + 1} on the learner", self.config.learner.step_timeout_s):
-            learned = await self.parts.learner.train(groups, self.step)
+        try:
+            with _watched(f"step {self.step + 1} on the learner", self.config.learner.step_timeout_s):
+                learned = await self.parts.learner.train(groups, self.step)
+        except RunError:  # not begun: the learner is of the step before and can be saved
+            self._ledger.put_back(())
+            raise
         self._metrics.update(learned)
         self._metrics.add("time/train_s", _now() - started)
         await self._publish(version + 1)
@@ -219,19 +217,29 @@ class Controller:
         metrics, self._metrics = self._metrics, StepMetrics()
         for group, age in zip(finished, ages, strict=True):
             metrics.observe(group, age)
-        metrics.conclude(_now() - started, self.slots.counts, self._ledger.queues(len(self._verifying)))
+        step_s, self._concluded_at = _now() - self._concluded_at, _now()
+        metrics.conclude(step_s, self.slots.counts, self._ledger.queues(), self._ledger.dropped)
         await self.parts.after_step(self.step, self.slots.version, metrics)
 
     async def _publish(self, version: int) -> None:
         """Put the learner's weights into the object store and free the slots of the batch they came from."""
         started = _now()
-        with _watched(f"version {version} from the learner", self.config.pipeline.sync_timeout_s):
-            weights = await self.parts.learner.publish(version)
+        weights = await self._weights_of(version)
         self._ledger.publish(version)
         self.step += 1  # with its groups and its version: whatever fails from here on, a checkpoint fits the learner
         await self.parts.rollout.publish(weights)
         self._metrics.add("time/publish_s", _now() - started)
         self._changed.set()
+
+    async def _publish_again(self) -> None:
+        """A rollout actor cannot get the newest version; the learner, which waits, still has its weights."""
+        logger.warning("version %d is published again: a rollout actor cannot get it", self.slots.version)
+        await self.parts.rollout.publish(await self._weights_of(self.slots.version))
+        self._metrics.add("failures/republished", 1)
+
+    async def _weights_of(self, version: int) -> PublishedWeights:
+        with _watched(f"version {version} from the learner", self.config.pipeline.sync_timeout_s):
+            return await self.parts.learner.publish(version)
 
     async def _recover_learner(self, error: LearnerError) -> None:
         """Rebuild the learner from the last checkpoint as a new version; what it trained since is issued again."""
@@ -240,7 +248,7 @@ class Controller:
             if self._setbacks.too_many():
                 raise error
             logger.error("learner lost at step %d: %s", self.step, error)
-            checkpoint = self.parts.directory.checkpoint_of(self._committed_step)
+            checkpoint = await in_thread(self.parts.directory.checkpoint_of, self._committed_step)
             try:
                 await self.parts.learner.start(checkpoint / "learner" if checkpoint else None)
                 weights = await self.parts.learner.publish(version)
@@ -255,13 +263,12 @@ class Controller:
 
     async def _wait_for_change(self) -> None:
         self._changed.clear()
-        try:
+        with suppress(TimeoutError):  # wakes to look at deadlines
             async with asyncio.timeout(1.0):
                 await self._changed.wait()
-        except TimeoutError:
-            return  # wakes to look at deadlines
 
     def _background_ended(self, task: asyncio.Task[None]) -> None:
+        self._moved_at = _now()
         if self._producers.get(task.get_name()) is task:
             del self._producers[task.get_name()]
         if not task.cancelled() and task.exception() is not None and self._failure is None:
@@ -289,7 +296,3 @@ async def _cancel(*tasks: asyncio.Task[None]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _release(room: Room, _: asyncio.Task[None]) -> None:
-    room.release()

@@ -5,8 +5,9 @@
 | too many graders of a batch failed             | complete groups with such answers    | 4 setbacks in a row     |
 | batches of a step went with their node         | those groups                         | 4 setbacks in a row     |
 | the learner died                               | steps since its last checkpoint      | 4 setbacks in a row     |
-| no room in the object store                    | the batch that found none            | `sync_timeout_s`        |
+| no room in the object store                    | batches that found none              | `sync_timeout_s` of it  |
 | no room on the disk                            | a checkpoint                         | the 4th, or the last    |
+| nothing in flight, and nothing may start       | nothing                              | `group_deadline_s`      |
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from learner.spec import BatchesLost, CheckpointNotWritten
 from orchestration.config import Config
 from orchestration.failures import RunError
 from orchestration.ledger import Ledger
+from orchestration.parts import Rollout
 from orchestration.step_metrics import StepMetrics
 from rollout.full_store import PAUSE_S, StoreFull
 
@@ -43,12 +45,15 @@ class Setbacks:
         self._ledger = ledger
         self._in_a_row = 0
         self._no_room_since: float | None = None
-        """When a batch found no room in the object store, if no step was finished since."""
+        """When a batch found no room in the object store, if none found any since."""
         self._unwritten_checkpoints = 0
 
     def step_finished(self) -> None:
         """All is well again."""
         self._in_a_row = 0
+
+    def room_found(self) -> None:
+        """The object store took a batch."""
         self._no_room_since = None
 
     def checkpoint_written(self) -> None:
@@ -83,10 +88,10 @@ class Setbacks:
 
     def batches_lost(self, error: BatchesLost, step: int, metrics: StepMetrics) -> None:
         """A node went with batches on it: those groups are generated again, the rest of the batch waits for them."""
+        self._ledger.put_back(error.group_ids)  # first: also where the run ends here, its learner can be saved
         if self.too_many():
             raise RunError(f"step {step}: {error}, {self._in_a_row} times in a row") from error
         logger.warning("step %d: %s", step, error)
-        self._ledger.put_back(error.group_ids)
         metrics.add("failures/lost_batches", len(error.group_ids))
 
     async def no_room(self, full: StoreFull, metrics: StepMetrics) -> None:
@@ -95,7 +100,7 @@ class Setbacks:
         if self._no_room_since is None:
             self._no_room_since = now
         if now - self._no_room_since > self._config.pipeline.sync_timeout_s:
-            raise RunError(f"no step in {now - self._no_room_since:.0f} s for lack of room: {full}") from full
+            raise RunError(f"no batch found room in {now - self._no_room_since:.0f} s: {full}") from full
         logger.warning("%s (generated again)", full)
         metrics.add("failures/no_room", 1)
         await asyncio.sleep(PAUSE_S)
@@ -106,6 +111,23 @@ class Setbacks:
         if needed or self._unwritten_checkpoints > MAX_UNWRITTEN_CHECKPOINTS:
             raise RunError(f"{what}; {self._unwritten_checkpoints} in a row: make room, then --resume") from error
         logger.error("%s; training goes on for now: make room", what)
+
+
+def nothing_moves(ledger: Ledger, rollout: Rollout, group_size: int, waited_s: float) -> RunError:
+    """Why a run ends in which no group is in flight, none may start and none of the complete ones may be trained."""
+    offered: set[int] = set()
+
+    def refuse(version: int) -> bool:
+        offered.add(version)
+        return False
+
+    rollout.reserve(group_size, refuse)
+    slots = ledger.slots
+    offers = f"rollout actors with room serve versions {sorted(offered)}" if offered else "no rollout actor has room"
+    return RunError(
+        f"no group was started or finished for {waited_s:.0f} s: the policy is at version {slots.version}, {offers}, "
+        f"{len(slots)} of {slots.capacity} slots are taken; the log says what became of the actors, then --resume"
+    )
 
 
 def _verdicts(failed: Sequence[Grade]) -> str:

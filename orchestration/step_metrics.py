@@ -53,17 +53,20 @@ class StepMetrics:
         self.groups.append(group)
         self.ages.append(age)
 
-    def conclude(self, step_s: float, counts: Mapping[str, int], queues: Mapping[str, int]) -> None:
+    def conclude(
+        self, step_s: float, counts: Mapping[str, int], queues: Mapping[str, int], dropped: Mapping[str, int]
+    ) -> None:
         """Derive the step's rewards, lengths and staleness from its groups.
 
-        `counts` are the outcomes of groups so far, `queues` the groups that wait now, by what they wait for.
+        `step_s` is the time since the step before was concluded, whatever it went into. `counts` are the outcomes of
+        groups so far, `queues` the groups that wait now, by what they wait for; `dropped` as in `Ledger`.
         """
         summaries = [group.summary for group in self.groups]
         grades = [grade for group in self.groups for grade in group.grades]
         lengths = [length for summary in summaries for length in summary.lengths]
         soft = sum(sum(summary.soft_lengths) for summary in summaries)
         thinking = [summary for summary in summaries if sum(summary.soft_lengths)]
-        elapsed = step_s + self.values.get("time/learner_wait_s", 0.0)
+        elapsed = max(step_s, 1e-9)
         verdicts = Counter(grade.verdict for grade in grades)
         spread = [max(g.reward for g in group.grades) > min(g.reward for g in group.grades) for group in self.groups]
         self.values |= {
@@ -77,10 +80,10 @@ class StepMetrics:
             "rollout/group_s": fmean(summary.seconds for summary in summaries),
             "staleness/mean": fmean(self.ages),
             "staleness/max": max(self.ages),
-            "throughput/tokens_per_s": sum(lengths) / max(elapsed, 1e-9),
-            "throughput/responses_per_s": len(lengths) / max(elapsed, 1e-9),
-            "time/step_s": elapsed,
-            "idle/learner": self.values.get("time/learner_wait_s", 0.0) / max(elapsed, 1e-9),
+            "throughput/tokens_per_s": sum(lengths) / elapsed,
+            "throughput/responses_per_s": len(lengths) / elapsed,
+            "time/step_s": step_s,
+            "idle/learner": self.values.get("time/learner_wait_s", 0.0) / elapsed,
         }
         self.values |= {f"queue/{pool}": count for pool, count in queues.items()}
         if thinking:
@@ -88,4 +91,5 @@ class StepMetrics:
             self.values["rollout/top_weight"] = fmean(summary.top_weight for summary in thinking)
         self.values |= {f"verdict/{verdict}": count / len(grades) for verdict, count in verdicts.items()}
         self.values |= {f"staleness/age_{age}": count / len(self.ages) for age, count in Counter(self.ages).items()}
+        self.values |= {f"dropped/{what.replace(' ', '_')}": number for what, number in dropped.items()}
         self.values |= {f"groups/{outcome.replace(' ', '_')}": count for outcome, count in counts.items()}

@@ -34,6 +34,10 @@ FETCH_S = 20.0
 """Until a learner knows that a batch is lost: Ray's health check of the node that had it."""
 
 
+MAX_S = 10**5
+"""Simulated seconds of a run that will never end."""
+
+
 class Killed(Exception):
     """The driver's process is gone."""
 
@@ -71,6 +75,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         ready = super().select(0)
         if not ready and timeout:
             self._loop.now += timeout
+            assert self._loop.now < MAX_S, "the run hangs"
         return ready
 
 
@@ -111,6 +116,9 @@ class SimulatedRollout:
 
     def __init__(self, actors: int, slots_per_actor: int, timing: Timing, rng: random.Random) -> None:
         self.changed = asyncio.Event()
+        self.weights_lost = False
+        self.loses_weights: Callable[[int], bool] = lambda version: False
+        """Whether a published version's bytes go before any actor has them."""
         self.actors = [SimulatedActor(index, asyncio.Semaphore(slots_per_actor)) for index in range(actors)]
         self.max_in_flight, self.timing, self.rng = ROOM_PER_SEAT * slots_per_actor, timing, rng
         self.lose: Callable[[str], bool] = lambda group_id: False
@@ -172,6 +180,9 @@ class SimulatedRollout:
                 self.busy_seats_s += asyncio.get_running_loop().time() - started
 
     async def publish(self, weights: PublishedWeights) -> None:
+        self.weights_lost = self.loses_weights(weights.manifest.version)
+        if self.weights_lost:
+            return
         for actor in self.actors:
             asyncio.get_running_loop().call_later(self.timing.sync_s, self._swap, actor, weights.manifest.version)
 
@@ -258,6 +269,11 @@ def simulated_config(tmp_path: Path, **changes: Any) -> Config:
     return parse_config(tree, "simulation")
 
 
+def once_each(prompts: int) -> Counter[str]:
+    """A complete pass over p0, p1, ..."""
+    return Counter(f"p{i}" for i in range(prompts))
+
+
 def prompt_rows(number: int) -> list[PromptRow]:
     """p0, p1, ..."""
     return [PromptRow(f"p{i}", ({"role": "user", "content": "q"},), "1", "s", "math", i) for i in range(number)]
@@ -304,6 +320,11 @@ class Simulation:
         return Counter(group_id.rpartition("@")[0] for group_id in self.learner.trained)
 
     async def _run(self) -> None:
+        await self.start()
+        await self.controller.run()
+
+    async def start(self) -> None:
+        """The controller and its parts, where the newest checkpoint left them."""
         rng = random.Random(self.seed)
         rows = prompt_rows(self.prompts)
         stream = PromptStream(rows, seed=0)
@@ -328,7 +349,6 @@ class Simulation:
         if state:
             await self.rollout.publish(SimpleNamespace(manifest=SimpleNamespace(version=state.version)))
         self.prepare(self)
-        await self.controller.run()
 
     async def _restore(self, stream: PromptStream, rows: dict[str, PromptRow]) -> tuple[RunState | None, list[Visit]]:
         checkpoint = self.directory.latest_checkpoint()

@@ -39,7 +39,8 @@ def step_values() -> dict[str, float]:
     for number, age in enumerate((0, 0, 1, 3)):
         metrics.observe(finished(f"g{number}", (1.0, 0.0) if number else (1.0, 1.0)), age)
     counts = {"trained": 40, "dropped/age": 2, "dropped/learner lost": 3}
-    metrics.conclude(9.0, counts, {"rollout": 5, "verifier": 1, "learner": 2, "backlog": 0})
+    queues = {"rollout": 5, "verifier": 1, "learner": 2, "backlog": 0}
+    metrics.conclude(12.0, counts, queues, {"learner lost_responses": 2, "learner lost_tokens": 70})
     return metrics.values
 
 
@@ -55,7 +56,8 @@ def test_staleness_queues_and_drops_are_counted() -> None:
     assert [values[f"queue/{name}"] for name in ("rollout", "verifier", "learner", "backlog")] == [5, 1, 2, 0]
     assert values["groups/dropped/age"] == 2
     assert values["groups/dropped/learner_lost"] == 3
-    assert values["time/step_s"] == 12.0, "waiting counts to the step that it was for"
+    assert values["dropped/learner_lost_tokens"] == 70
+    assert values["time/step_s"] == 12.0
     assert values["idle/learner"] == 0.25
     assert values["reward/groups_with_signal"] == 0.75
     assert values["reward/failures"] == values["verdict/timeout"] == pytest.approx(3 / 8)
