@@ -32,7 +32,7 @@ class ActorLost(Exception):
 
 
 class InputLost(Exception):
-    """An object that a call needed is gone with the node that held it; the actor that missed it is well."""
+    """An object that a call needed is gone with its node, or has the wrong bytes; the actor that missed it is well."""
 
 
 class GroupFailed(Exception):
