@@ -220,7 +220,8 @@ class PipelineConfig(Section):
     shard_mb: Annotated[int, Field(ge=1, le=256)] = 256
     sync_timeout_s: Seconds = 600.0
     group_deadline_s: Seconds = 3600.0
-    """How long the learner waits for a group that would grow too old before it is dropped and issued again."""
+    """How long the learner waits for a group that would grow too old before the oldest in flight is dropped and issued
+    again; also how long a run may have no group in flight before it ends."""
     max_restarts: Annotated[int, Field(ge=0)] = 10
     """Replacements of dead actors per pool and run."""
 
