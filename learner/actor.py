@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learner.saved import SavedPart
 from learner.spec import LearnerError, LearnerSpec, ScoredGroup
 from rollout.nccl_transfer import NcclGroup, NcclSender, TransferError
 from rollout.transport import Link, Part, Sender, make_sender
@@ -137,9 +138,11 @@ class LearnerRank:
             self._broadcaster.close()
             self._broadcaster = None
 
-    def save(self, directory: str) -> None:
+    def save(self, directory: str) -> SavedPart:
         """Write this rank's part of the resumable state into `directory`; collective."""
-        self.trainer.save(Path(directory))
+        import ray
+
+        return SavedPart(ray.util.get_node_ip_address(), self.trainer.save(Path(directory)))
 
     def export(self, directory: str) -> None:
         """Write a Hugging Face checkpoint into `directory`; collective, rank 0 writes."""

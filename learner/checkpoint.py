@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 TAG = "learner"
 FACTS = "learner.json"
+CONVERSION = (
+    "the other ranks wait for it at most learner.collective_timeout_s, the driver learner.startup_timeout_s: raise "
+    "both, or resume with the number of ranks that saved it"
+)
 UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 """Without it DeepSpeed refuses to convert the state of ZeRO 1 and 2."""
 
@@ -43,6 +47,7 @@ class Writes:
 
     def __init__(self) -> None:
         self._failures: list[str] = []
+        self._written: list[Path] = []
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
@@ -55,14 +60,18 @@ class Writes:
     @contextlib.contextmanager
     def of_deepspeed(self, engine: Any) -> Iterator[None]:
         """The same for everything that DeepSpeed writes inside the block."""
-        writers = [(engine.checkpoint_engine, "makedirs"), (engine.checkpoint_engine, "save")]
-        writers.append((engine, "_copy_recovery_script"))
-        for owner, name in writers:
-            setattr(owner, name, self._attempted(getattr(owner, name)))
+        files = engine.checkpoint_engine
+        writers = [
+            (files, "makedirs", self._attempted(files.makedirs)),
+            (files, "save", self._saved(files.save)),
+            (engine, "_copy_recovery_script", self._attempted(engine._copy_recovery_script)),
+        ]
+        for owner, name, writer in writers:
+            setattr(owner, name, writer)
         try:
             yield
         finally:
-            for owner, name in writers:
+            for owner, name, _ in writers:
                 delattr(owner, name)
 
     def _attempted(self, write: Callable[..., None]) -> Callable[..., None]:
@@ -71,6 +80,22 @@ class Writes:
                 write(*arguments, **options)
 
         return attempted
+
+    def _saved(self, save: Callable[[Any, str], None]) -> Callable[..., None]:
+        def saved(state_dict: Any, path: str) -> None:
+            with self.attempt():
+                save(state_dict, path)
+                self.wrote(Path(path))
+
+        return saved
+
+    def wrote(self, path: Path) -> None:
+        """This rank wrote a file that the state cannot be loaded without."""
+        self._written.append(path)
+
+    def sizes(self, directory: Path) -> dict[str, int]:
+        """What this rank wrote: path below `directory` -> bytes."""
+        return {str(path.relative_to(directory)): path.stat().st_size for path in self._written}
 
     def conclude(self, directory: Path) -> None:
         """Raise `CheckpointNotWritten` on every rank if anything failed on one; collective."""
@@ -93,6 +118,7 @@ def save_state(engine: Any, directory: Path, facts: dict[str, Any], rank: int, w
     with writes.attempt():
         if rank == 0:
             (directory / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            writes.wrote(directory / FACTS)
         sync_directory(directory)
     writes.conclude(directory)
 
@@ -123,6 +149,8 @@ def needs_conversion(facts: dict[str, Any], world_size: int) -> bool:
 def load_state(engine: Any, directory: Path, *, convert: bool, rank: int) -> None:
     """Restore what `save_state` wrote; collective. With `convert` the engine must be configured for it
     (`checkpoint.load_universal`), and the folder of all checkpoints must be writable and seen by all ranks.
+
+    Raises `LearnerError` where the conversion takes longer than a collective may.
     """
     options = [{key: group[key] for key in group if key != "params"} for group in engine.optimizer.param_groups]
     with _converted(directory, rank) if convert else contextlib.nullcontext(directory) as source:
@@ -148,7 +176,7 @@ def _converted(directory: Path, rank: int) -> Iterator[Path]:
     if rank == 0:
         from deepspeed.checkpoint import ds_to_universal
 
-        logger.info("converting %s for another number of ranks", directory)
+        logger.info("converting %s for another number of ranks; %s", directory, CONVERSION)
         shutil.rmtree(target, ignore_errors=True)
         ds_to_universal.main(
             argparse.Namespace(
@@ -161,7 +189,10 @@ def _converted(directory: Path, rank: int) -> Iterator[Path]:
                 inject_missing_state=False,
             )
         )
-    dist.barrier()
+    try:
+        dist.barrier()
+    except RuntimeError as error:  # gloo and NCCL: the wait for rank 0 ended before its conversion did
+        raise LearnerError(f"{directory}: not converted for another number of ranks; {CONVERSION}: {error}") from error
     try:
         yield target
         dist.barrier()

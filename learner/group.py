@@ -19,7 +19,16 @@ from typing import Any
 
 from learner.actor import LearnerRank
 from learner.collapse_watch import CollapseWatch
-from learner.spec import BatchesLost, LearnerError, LearnerSpec, PublishedWeights, Refused, ReplayError, ScoredGroup
+from learner.saved import until_visible
+from learner.spec import (
+    BatchesLost,
+    LearnerError,
+    LearnerSpec,
+    PublishedWeights,
+    Refused,
+    ReplayError,
+    ScoredGroup,
+)
 from rollout.full_store import PAUSE_S, StoreFull, is_store_full, store_full
 from rollout.nccl_transfer import CONNECT_DEADLINE_S, NcclGroup, TransferError
 from rollout.transport import WeightChain
@@ -64,11 +73,29 @@ class LearnerGroup:
         """
         self.kill()
         self.generation += 1
-        deadline = time.monotonic() + self.spec.startup_timeout_s
+        started = time.monotonic()
+        deadline = started + self.spec.startup_timeout_s
         master = await self._place_ranks(deadline)
         place = None if checkpoint is None else str(checkpoint)
-        facts = await self._collect("start", [rank.start.remote(master, place) for rank in self._ranks], deadline)
+        calls = [rank.start.remote(master, place) for rank in self._ranks]
+        try:
+            facts = await self._collect("start", calls, deadline)
+        except LearnerError as error:
+            if time.monotonic() - started < min(self.spec.startup_timeout_s, self.spec.collective_timeout_s):
+                raise
+            raise LearnerError(f"{error}; {self._start_timeouts(checkpoint)}") from error.__cause__
         return {**facts[0], "pids": [fact["pid"] for fact in facts], "generation": self.generation}
+
+    def _start_timeouts(self, checkpoint: Path | None) -> str:
+        """What a start that took too long may do about it."""
+        keys = f"raise learner.startup_timeout_s={self.spec.startup_timeout_s:g}"
+        if checkpoint is None:
+            return f"{keys} if it needs longer"
+        return (
+            f"{keys} and learner.collective_timeout_s={self.spec.collective_timeout_s:g} if it needs longer: where "
+            f"{checkpoint} was saved by another number of ranks than {self.spec.world_size}, all wait for the first to "
+            "convert it"
+        )
 
     async def _place_ranks(self, deadline: float) -> tuple[str, int]:
         """Create the ranks; address and port of the first.
@@ -164,12 +191,14 @@ class LearnerGroup:
         return address
 
     async def save(self, directory: Path) -> None:
-        """Write the resumable state into a directory; it is synced to disk when this returns.
+        """Write the resumable state into a directory; it is synced to disk, and all here, when this returns.
 
-        Raises `CheckpointNotWritten` where the disk does not take it: the ranks stay alive.
+        Raises `CheckpointNotWritten` where the disk does not take it, or where the driver does not see what a rank
+        wrote: the ranks stay alive.
         """
         calls = [rank.save.remote(str(directory)) for rank in self._started()]
-        await self._collect("save", calls, self._deadline(self.spec.step_timeout_s))
+        parts = await self._collect("save", calls, self._deadline(self.spec.step_timeout_s))
+        await until_visible(directory, parts)
 
     async def export(self, directory: Path) -> None:
         """Write a Hugging Face checkpoint (safetensors, config, tokenizer) that transformers and vLLM load."""

@@ -130,8 +130,11 @@ class Trainer:
         """The policy's weights by their Hugging Face names."""
         return named_weights(self.policy)
 
-    def save(self, directory: Path) -> None:
-        """Write the resumable state below `directory`. Raises `CheckpointNotWritten` on every rank if one cannot."""
+    def save(self, directory: Path) -> dict[str, int]:
+        """Write the resumable state below `directory`; the files of this rank, by relative path, and their bytes.
+
+        Raises `CheckpointNotWritten` on every rank if one cannot.
+        """
         writes = Writes()
         facts = {"world_size": self.spec.world_size, **self.describe()}
         if self.spec.kl_refresh_every and self.reference is not None:
@@ -139,7 +142,10 @@ class Trainer:
                 directory.mkdir(parents=True, exist_ok=True)
             with writes.attempt():
                 save_weights(named_weights(_module(self.reference)), directory / REFERENCE, writes=self.rank == 0)
+                if self.rank == 0:
+                    writes.wrote(directory / REFERENCE)
         save_state(self.engine, directory, facts, self.rank, writes)
+        return writes.sizes(directory)
 
     def export(self, directory: Path) -> None:
         """Write a Hugging Face checkpoint into `directory`."""

@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 
+from learner import checkpoint
 from learner.checkpoint import FACTS
 from learner.export import named_weights
 from learner.spec import CheckpointNotWritten, LearnerError, ScoredGroup
@@ -46,7 +47,10 @@ def test_another_number_of_ranks_continues(
 
     pair.call("begin", both, pair.master)
     pair.call("run", groups)
-    pair.call("save", str(first))
+    parts = pair.call("save", str(first))
+    written = [name for part in parts for name in part.sizes]
+    assert sorted(written) == sorted({name for name in names_below(first) if not name.endswith(".py")})
+    assert all((first / name).stat().st_size == size for part in parts for name, size in part.sizes.items())
     uninterrupted = pair.call("run", groups)[0] + pair.call("run", groups)[0]
 
     saved = everything_below(first.parent)
@@ -62,6 +66,10 @@ def test_another_number_of_ranks_continues(
     resumed += pair.call("run", groups)[0]
     assert losses(resumed) == pytest.approx(losses(uninterrupted), **tolerance)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_3", "step_6"]
+
+
+def names_below(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
 def everything_below(checkpoint: Path) -> set[Path]:
@@ -99,7 +107,7 @@ def test_a_refreshed_reference_is_part_of_the_state(
         trainer.train(groups, step)
     resumed_from = tmp_path / "state"
     resumed_from.mkdir()
-    trainer.save(resumed_from)
+    assert set(trainer.save(resumed_from)) >= {"reference.safetensors", "learner.json"}
     resumed = Trainer(spec, rank=0, checkpoint=resumed_from)
     for model in (trainer.reference, resumed.reference):
         kept = dict(named_weights(getattr(model, "module", model)))
@@ -127,6 +135,22 @@ def test_a_rank_that_cannot_write_costs_the_checkpoint_alone(
     uninterrupted = pair.call("run", groups)[0]
     pair.call("begin", spec, pair.master, str(tmp_path / "second"))
     assert losses(pair.call("run", groups)[0]) == losses(uninterrupted)
+
+
+def test_a_conversion_that_outlasts_a_collective_names_the_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def barrier() -> None:
+        raise RuntimeError("Timed out waiting 600000ms for recv operation to complete")
+
+    monkeypatch.setattr(torch.distributed, "barrier", barrier)
+    with (
+        pytest.raises(
+            LearnerError, match=r"learner\.collective_timeout_s, the driver learner\.startup_timeout_s: raise"
+        ),
+        checkpoint._converted(tmp_path / "step_000003" / "learner", rank=1),
+    ):
+        pass
 
 
 def test_states_that_do_not_fit_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
