@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestration.run_state import damage
+from orchestration.checkpoints import damage
 from tests.chaos.faults import balanced
 from tests.end_to_end.recipes import Run, make_inputs, recipe
 

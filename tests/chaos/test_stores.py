@@ -15,8 +15,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from orchestration.checkpoints import damage
 from orchestration.metrics_log import RETRY_EVERY_S, read_metrics
-from orchestration.run_state import RunDirectory, damage, load_state
+from orchestration.run_state import RunDirectory, load_state
 from orchestration.tiny_model import TinyModelShape, build_tiny_model
 from tests.chaos.ballast import Ballast, store_stats
 from tests.chaos.faults import balanced, hit, wait_for_replacement
