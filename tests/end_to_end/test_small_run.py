@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sqlite3
 import time
@@ -11,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from orchestration.run_state import damage, load_state
+from orchestration.checkpoints import damage
+from orchestration.run_state import load_state
+from tests.chaos.faults import committed_once
 from tests.end_to_end.recipes import Run, make_inputs, recipe
 
 pytestmark = pytest.mark.slow
@@ -72,6 +75,10 @@ def test_sigterm_stops_within_15_s_and_resume_goes_on(inputs: Path, tmp_path: Pa
     assert resumed.wait() == 0, resumed.tail()
     steps = [line["step"] for line in resumed.metrics()]
     assert steps == list(range(1, done + 3)), "no step is repeated or skipped after a graceful stop"
+    trained = [json.loads(line) for line in (run_dir / "groups.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in trained] == steps, "a step has trained twice"
+    assert {line["attempt"] for line in trained} == {1, 2}
+    committed_once(resumed, steps[-1])
 
 
 def _gone(processes: list) -> tuple[list, list]:
