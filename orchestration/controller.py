@@ -178,7 +178,7 @@ class Controller:
                 self._metrics.add("time/learner_wait_s", _now() - started)
                 return group_ids
             if self.parts.rollout.weights_lost:
-                await self._publish_again()
+                await self.publish_again()
             now, oldest, deadline = _now(), self.slots.blocking(), self.config.pipeline.group_deadline_s
             if oldest is None:
                 blocked_since = now
@@ -231,7 +231,7 @@ class Controller:
         self._metrics.add("time/publish_s", _now() - started)
         self._changed.set()
 
-    async def _publish_again(self) -> None:
+    async def publish_again(self) -> None:
         """A rollout actor cannot get the newest version; the learner, which waits, still has its weights."""
         logger.warning("version %d is published again: a rollout actor cannot get it", self.slots.version)
         await self.parts.rollout.publish(await self._weights_of(self.slots.version))

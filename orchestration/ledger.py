@@ -41,7 +41,7 @@ class Ledger:
         self._lengths: dict[str, tuple[int, ...]] = {}
         """Tokens of every response of the groups that have them and are in no checkpoint, by group id."""
         self.dropped: Counter[str] = Counter()
-        """`<reason>_responses` and `<reason>_tokens` of dropped groups that had been generated."""
+        """`dropped/<reason>_responses` and `dropped/<reason>_tokens` of dropped groups that had been generated."""
 
     def issue(self, actor_version: int) -> Visit:
         """The next visit, in a slot of its own, for an actor that serves `actor_version`."""
@@ -137,8 +137,8 @@ class Ledger:
         """What is dropped must not silently be the long ones; the pool counts what was still being generated."""
         if lengths := self._lengths.pop(group_id, None):
             logger.info("group %s is dropped (%s) with responses of %s tokens", group_id, reason, lengths)
-            self.dropped[f"{reason}_responses"] += len(lengths)
-            self.dropped[f"{reason}_tokens"] += sum(lengths)
+            self.dropped[f"dropped/{reason}_responses"] += len(lengths)
+            self.dropped[f"dropped/{reason}_tokens"] += sum(lengths)
 
     def _issue_again(self, group_id: str) -> None:
         self.complete.pop(group_id, None)

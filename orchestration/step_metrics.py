@@ -91,5 +91,5 @@ class StepMetrics:
             self.values["rollout/top_weight"] = fmean(summary.top_weight for summary in thinking)
         self.values |= {f"verdict/{verdict}": count / len(grades) for verdict, count in verdicts.items()}
         self.values |= {f"staleness/age_{age}": count / len(self.ages) for age, count in Counter(self.ages).items()}
-        self.values |= {f"dropped/{what.replace(' ', '_')}": number for what, number in dropped.items()}
+        self.values |= {name.replace(" ", "_"): number for name, number in dropped.items()}
         self.values |= {f"groups/{outcome.replace(' ', '_')}": count for outcome, count in counts.items()}

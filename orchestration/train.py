@@ -192,7 +192,7 @@ class TrainingRun:
         finally:
             progress.close()
         if not self.stopping:
-            await self.rollout.synchronised()
+            await self.rollout.synchronised(self.controller.publish_again)
             await self.evaluation.finish(self.controller.step)
             exported = self._fresh_directory("model")
             await self.learner.export(exported)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -85,10 +85,13 @@ class VersionedPool(ActorPool):
         newest = self._newest
         return newest if newest is not None and member.version < newest.manifest.version else None
 
-    async def synchronised(self) -> None:
-        """Wait until every ready member serves the newest version."""
+    async def synchronised(self, publish_again: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Wait until every ready member serves the newest version, which is `publish_again`ed where it is lost."""
         while any(member.ready and self._missing(member) for member in self.members):
             self.raise_if_broken()
+            if self.weights_lost and publish_again is not None:
+                await publish_again()
+                continue
             await self._wait_for_change()
 
     def take_sync_reports(self) -> list[Any]:

@@ -18,8 +18,8 @@ from tests.docs.pages import PAGES, ROOT, blocks, first_cells
 
 FOLDERS = ("orchestration", "learner", "rollout", "reward")
 AREAS = (
-    "reward|verdict|rollout|response|staleness|throughput|time|idle|queue|groups|sync|failures|tracking|objective|mismatch|"
-    "soft|learner|evaluation|nonfinite"
+    "reward|verdict|rollout|response|staleness|throughput|time|idle|queue|groups|dropped|sync|failures|tracking|"
+    "objective|mismatch|soft|learner|evaluation|nonfinite"
 )
 NOT_METRICS = {"soft/token", "learner/learner", "learner/rank"}
 RAY_METRICS = ("ray_node_", "ray_object_store_memory")

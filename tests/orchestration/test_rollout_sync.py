@@ -173,6 +173,21 @@ def test_a_version_that_is_gone_or_torn_is_the_learners_to_publish_again(
     run(test, size=2)
 
 
+def test_the_last_version_of_a_run_is_published_again_too(run: Callable[..., None]) -> None:
+    """No controller looks any more; the evaluation at the end needs actors that serve it."""
+
+    async def test(bench: Bench) -> None:
+        await bench.pool.publish(version(4))
+        await bench.pool.synchronised()
+        bench.actors[0].outcomes = [GONE, TORN]
+        await bench.pool.publish(version(5))
+        await bench.pool.synchronised(lambda: bench.pool.publish(version(5)))
+        assert bench.actors[0].told == [4, 5, 5, 5] and bench.versions == [5]
+        assert not bench.pool.counts
+
+    run(test)
+
+
 def test_a_replacement_waits_for_what_is_published_again(run: Callable[..., None]) -> None:
     """The node of the learner is gone, and with it the bytes: the next learner makes a new version of its own."""
 

@@ -40,7 +40,7 @@ def step_values() -> dict[str, float]:
         metrics.observe(finished(f"g{number}", (1.0, 0.0) if number else (1.0, 1.0)), age)
     counts = {"trained": 40, "dropped/age": 2, "dropped/learner lost": 3}
     queues = {"rollout": 5, "verifier": 1, "learner": 2, "backlog": 0}
-    metrics.conclude(12.0, counts, queues, {"learner lost_responses": 2, "learner lost_tokens": 70})
+    metrics.conclude(12.0, counts, queues, {"dropped/learner lost_responses": 2, "dropped/learner lost_tokens": 70})
     return metrics.values
 
 
