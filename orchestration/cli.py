@@ -90,9 +90,10 @@ def train(arguments: Sequence[str]) -> int:
     from orchestration.demo_assets import ensure_assets_of
 
     ensure_assets_of(config)
+    from orchestration.run_state import RunDirectory
     from orchestration.train import run_training
 
-    resume = namespace.resume or (namespace.auto_resume and config.run_dir.is_dir())
+    resume = namespace.resume or (namespace.auto_resume and RunDirectory(config.run_dir).is_run())
     return run_training(config, resume=resume)
 
 

@@ -150,9 +150,11 @@ def test_auto_resume_is_an_option_of_train(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setitem(sys.modules, "orchestration.train", stand_in)
     arguments = ["--config", str(ROOT / "configs/qwen-1.5b.yaml"), f"output_dir={tmp_path}/run", "--auto-resume"]
     assert cli.train(arguments) == 0
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lost+found").mkdir(parents=True)
     assert cli.train(arguments) == 0
-    assert seen == [False, True]
+    (tmp_path / "run" / "driver.lock").touch()
+    assert cli.train(arguments) == 0
+    assert seen == [False, False, True]
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
