@@ -109,8 +109,8 @@ class Setbacks:
         """The disk did not take a checkpoint: an alarm, or `RunError` if it was needed or is one too many."""
         self._unwritten_checkpoints += 1
         if needed or self._unwritten_checkpoints > MAX_UNWRITTEN_CHECKPOINTS:
-            raise RunError(f"{what}; {self._unwritten_checkpoints} in a row: make room, then --resume") from error
-        logger.error("%s; training goes on for now: make room", what)
+            raise RunError(f"{what}; {self._unwritten_checkpoints} in a row: mend that, then --resume") from error
+        logger.error("%s; training goes on for now: mend that", what)
 
 
 def nothing_moves(ledger: Ledger, rollout: Rollout, group_size: int, waited_s: float) -> RunError:

@@ -106,7 +106,7 @@ def test_a_full_disk_while_checkpointing(inputs: Path, tmp_path: Path) -> None:
         kept = newest_step(run)
         assert kept > before
         assert f"the last one is of step {kept}" in run.tail()
-        assert "4 in a row: make room, then --resume" in run.tail()
+        assert "4 in a row: mend that, then --resume" in run.tail()
 
 
 def test_an_object_store_that_is_nearly_full(large_inputs: Path, tmp_path: Path) -> None:
