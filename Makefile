@@ -4,6 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 VENV := .venv
 LOCK ?= requirements/cpu.lock
+WORKERS ?= 2
 BIN := $(VENV)/bin
 DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
@@ -11,7 +12,8 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-unexport PYTHONPATH VIRTUAL_ENV
+# What is imported is compiled when it is first imported, and kept: compiling all of it takes minutes.
+unexport PYTHONPATH VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-gpu check bench chaos clean
@@ -19,7 +21,7 @@ unexport PYTHONPATH VIRTUAL_ENV
 help:
 	@echo "make install   create $(VENV) from $(LOCK)"
 	@echo "make demo      train a tiny model on this machine and show that it learned"
-	@echo "make test      run the tests"
+	@echo "make test      run the tests (WORKERS=2 processes at a time)"
 	@echo "make test-gpu  run the tests that need a CUDA device (LOCK=requirements/cuda.lock)"
 	@echo "make check     lint, format and type check"
 	@echo "make bench     measure ratios (NAMES='head sampler/k5' and JSON=FILE choose and save)"
@@ -35,7 +37,7 @@ $(VENV)/pyvenv.cfg:
 $(DEPENDENCIES): $(LOCK) $(VENV)/pyvenv.cfg
 	@if cmp -s $(LOCK) $@; then touch $@; else \
 		echo "installing $$(wc -l < $(LOCK)) packages into $(VENV) (about 2 minutes) ..." && \
-		$(BIN)/python -m pip install --quiet --no-deps -r $(LOCK) && cp $(LOCK) $@; fi
+		$(BIN)/python -m pip install --quiet --no-deps --no-compile -r $(LOCK) && cp $(LOCK) $@; fi
 
 $(INSTALLED): pyproject.toml requirements/smoke.py $(DEPENDENCIES)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
@@ -46,7 +48,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m orchestration demo $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not chaos and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not chaos and not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from learner.saved import SavedPart
 from learner.spec import LearnerError, LearnerSpec, ScoredGroup
+from rollout.lean_imports import lean_imports
 from rollout.nccl_transfer import NcclGroup, NcclSender, TransferError
 from rollout.transport import Link, Part, Sender, make_sender
 from rollout.weights import VERSION_VARIABLE
@@ -60,9 +61,10 @@ class LearnerRank:
             "MASTER_PORT": str(master[1]),
             "DS_ACCELERATOR": self.spec.device,
         }
-        from learner.trainer import Trainer
+        with lean_imports():
+            from learner.trainer import Trainer
 
-        self._trainer = Trainer(self.spec, self.rank, None if checkpoint is None else Path(checkpoint))
+            self._trainer = Trainer(self.spec, self.rank, None if checkpoint is None else Path(checkpoint))
         return {"rank": self.rank, "pid": os.getpid(), **self._trainer.describe()}
 
     def fetch(self, groups: Sequence[ScoredGroup]) -> list[str]:

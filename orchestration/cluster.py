@@ -33,6 +33,8 @@ def connected(config: Config, pools: Iterable[str] = preflight.POOLS) -> Iterato
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray logs an environment variable into every worker; the accelerator override is its own future default.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Whatever is awaited is reported by who awaits it. Of calls given up (aborted groups) Ray would print a stack each.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     import ray
 
     worker_environment = {

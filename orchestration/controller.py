@@ -28,7 +28,7 @@ from learner.spec import BatchesLost, CheckpointNotWritten, LearnerError, Publis
 from orchestration.config import Config
 from orchestration.dataset import Visit
 from orchestration.failures import ActorLost, GroupFailed, InputLost, RunError
-from orchestration.ledger import Ledger
+from orchestration.ledger import LEARNER_LOST, Ledger
 from orchestration.off_loop import in_thread, left_in_thread
 from orchestration.parts import Parts, Room
 from orchestration.run_state import RunState
@@ -100,7 +100,7 @@ class Controller:
                 except LearnerError as error:
                     await self._recover_learner(error)
         finally:
-            await _cancel(feeder, *self._producers.values())
+            await _cancel_all(feeder, *self._producers.values())
         if self.step > self._committed_step:
             await self.checkpoint()
 
@@ -193,7 +193,7 @@ class Controller:
 
     def _drop_for_age(self, group_id: str, waited_s: float) -> None:
         logger.warning("group %s dropped: training waited %.0f s, and it is the oldest in flight", group_id, waited_s)
-        self._producers.pop(group_id).cancel()
+        self._producers.pop(group_id).cancel("age")
         self._ledger.drop(group_id, "age")
         self._changed.set()
 
@@ -256,7 +256,7 @@ class Controller:
                 error = again
         for group_id in self._ledger.roll_back(version):
             if producer := self._producers.pop(group_id, None):
-                producer.cancel()
+                producer.cancel(LEARNER_LOST)
         self.step = self._committed_step
         await self.parts.rollout.publish(weights)
         self._changed.set()
@@ -292,7 +292,7 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-async def _cancel(*tasks: asyncio.Task[None]) -> None:
+async def _cancel_all(*tasks: asyncio.Task[None]) -> None:
     for task in tasks:
-        task.cancel()
+        task.cancel("end")
     await asyncio.gather(*tasks, return_exceptions=True)

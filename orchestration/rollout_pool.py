@@ -140,24 +140,29 @@ class RolloutPool(VersionedPool):
                 member, [summary], self._request_timeout_s, f"group {requests[0].group_id} on rollout {member.index}"
             )
             return batch, result
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as given_up:
+            reason = given_up.args[0] if given_up.args else "other"
             aborted = member.actor.abort.remote(list(running.request_ids))
-            self._spawn(self._count_aborted(member, running, aborted), f"abort {running.request_ids[0]}")
+            self._spawn(self._count_aborted(member, running, aborted, reason), f"abort {running.request_ids[0]}")
             raise
         finally:
             self._calls.discard(running)
 
-    async def _count_aborted(self, member: Member, running: RunningCall, aborted: Any) -> None:
-        """How long the responses were that nobody waits for any more: what is dropped must not be the long ones."""
+    async def _count_aborted(self, member: Member, running: RunningCall, aborted: Any, reason: str) -> None:
+        """How long the responses were that nobody waits for any more: what is dropped must not be the long ones.
+
+        The reason is the message of the cancellation.
+        """
         what = f"rollout actor {member.index} to abort {running.request_ids[0]} and its siblings"
         try:
             lengths = await within(aborted, CUT_DEADLINE_S, what)
         except (RayActorError, RayTaskError, DeadlineExceeded) as error:
             logger.warning("%s: %s", what, one_line(error))
             return
-        logger.info("%s and its siblings: %d aborted at lengths %s", running.request_ids[0], len(lengths), lengths)
-        self.counts["aborted_requests"] += len(lengths)
-        self.counts["aborted_tokens"] += sum(lengths)
+        name = running.request_ids[0]
+        logger.info("%s and its siblings: %d aborted (%s) at lengths %s", name, len(lengths), reason, lengths)
+        self.counts[f"aborted_{reason}_responses"] += len(lengths)
+        self.counts[f"aborted_{reason}_tokens"] += sum(lengths)
 
     async def _move_groups(self) -> None:
         """Cut groups that ought to go on elsewhere, as soon as they can. Runs until cancelled."""

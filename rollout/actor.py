@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from rollout.engine import EngineError, EngineSpec, RequestError, SoftEngine
+from rollout.lean_imports import lean_imports
 from rollout.nccl_transfer import Broadcast
 from rollout.payload import candidate_entropy
 from rollout.request import GroupSummary, RolloutRequest
@@ -174,7 +175,8 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            engine = SoftEngine(self._spec)
+            with lean_imports():
+                engine = SoftEngine(self._spec)
             self.started.set_result(engine)
             while not self._stopping:
                 self._run_commands(engine)

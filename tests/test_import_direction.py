@@ -17,6 +17,7 @@ LEARNER_MAY_IMPORT = (
     "rollout.transport",
     "rollout.nccl_transfer",
     "rollout.full_store",
+    "rollout.lean_imports",
 )
 
 

@@ -69,7 +69,9 @@ def test_driver_killed_three_times_in_one_pass(inputs: Path, tmp_path: Path) -> 
         assert committed_once(run, steps) == 1, "the run is one pass"
         assert len(setbacks(run)) <= 3 and max(setbacks(run), default=0) <= every, "more was repeated than is allowed"
         rollout_actors = {line["attempt"]: line["pool/rollout_actors"] for line in run.metrics()}
-        assert rollout_actors[1] == rollout_actors[4] == 1 and rollout_actors[2] == 2
+        # A driver that dies early enough is no attempt and logs no line.
+        first, second, *others = rollout_actors.values()
+        assert first == 1 and second == 2 and others and set(others) == {1}
     except Exception as error:
         error.add_note(f"SOFTGRPO_CHAOS_SEED={SEED}")
         raise

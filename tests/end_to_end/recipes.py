@@ -40,7 +40,7 @@ def recipe(inputs: Path, run_dir: Path, **changes: Any) -> Path:
         "algorithm": {"group_size": 4, "prompts_per_step": 4, "mini_batches": 2},
         "learner": {"learning_rate": 1e-4},
         "pipeline": {"max_staleness": 1},
-        "tracking": {"trajectories_every": 1},
+        "tracking": {"trajectories_every": 1, "mlflow": False},
         "cluster": {"local_cpus": 8, "object_store_mb": 200},
     }
     for key, value in changes.items():

@@ -27,7 +27,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_rollout_actors_and_two_learner_ranks(inputs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "outputs" / "pair"
-    changes = {"rollout__num_actors": 2, "learner__world_size": 2, "pipeline__transport": "delta", "steps": 4}
+    changes = {
+        "rollout__num_actors": 2,
+        "learner__world_size": 2,
+        "pipeline__transport": "delta",
+        "tracking__mlflow": True,
+        "steps": 4,
+    }
     run = Run(recipe(inputs, run_dir, **changes))
     run.wait_until(lambda: len(run.actors("ray::RolloutActor")) == 2, "two rollout actors")
     run.wait_until(lambda: len(run.actors("ray::LearnerRank")) == 2, "two learner ranks")

@@ -212,12 +212,12 @@ def test_a_cancelled_group_is_aborted_where_it_has_gone(run: Callable[..., None]
         _, call = begin(pool)
         pool.resize(1)
         await until(lambda: first.calls == ["from actor 1"])
-        call.cancel()
+        call.cancel("age")
         with pytest.raises(asyncio.CancelledError):
             await call
-        await until(lambda: pool.counts["aborted_tokens"] == 16)
+        await until(lambda: pool.counts["aborted_age_tokens"] == 16)
         assert first.calls[-1] == ("abort", 4) and second.calls == [None]
-        assert pool.counts["aborted_requests"] == 2 and pool.members[0].in_flight == 1
+        assert pool.counts["aborted_age_responses"] == 2 and pool.members[0].in_flight == 1
 
     run(test)
 

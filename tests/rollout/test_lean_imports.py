@@ -1,0 +1,43 @@
+"""Processes of their own: what this one has imported already cannot be hidden."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_we_need_of_deepspeed_and_transformers_does_without() -> None:
+    run("""
+import sys
+from rollout.lean_imports import UNUSED, lean_imports
+with lean_imports():
+    import deepspeed
+    from transformers import AutoModelForCausalLM, GenerationMixin
+    import transformers.generation.utils
+heavy = {name.split(".")[0] for name in sys.modules} & {*UNUSED, "pandas", "scipy"}
+assert not heavy, heavy
+import sklearn  # hidden no more
+""")
+
+
+def test_what_was_imported_before_stays() -> None:
+    run("""
+import sys, types
+sys.modules["mlflow"] = imported = types.ModuleType("mlflow")
+from rollout.lean_imports import lean_imports
+with lean_imports():
+    import mlflow
+    assert mlflow is imported
+    try:
+        import sklearn
+    except ImportError:
+        pass
+    else:
+        raise AssertionError("found")
+assert sys.modules["mlflow"] is imported
+""")
