@@ -48,7 +48,8 @@ demo: $(INSTALLED)
 	$(BIN)/python -m orchestration demo $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not chaos and not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -m "not chaos and not gpu" -n $(WORKERS) --dist loadgroup \
+		--no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

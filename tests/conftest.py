@@ -20,6 +20,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+REAL_STACK = ("chaos", "end_to_end")
+"""Folders whose tests start whole runs: one at a time, or each starves the other into its deadlines."""
+SHARED_RANKS = "learner"
+"""Folder whose tests share two learner ranks."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests one process of `make test` runs in order: those of a file, and some folders."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        group = "real stack" if folder in REAL_STACK else folder if folder == SHARED_RANKS else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Golden vectors, schemas and data that are not part of the product; tests that need them skip without."""

@@ -35,7 +35,7 @@ def single_rank() -> Iterator[None]:
         deepspeed.comm.destroy_process_group()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pair(ray_local: None, tiny_model_dir: Path) -> Iterator[Pair]:
     """Two ranks that all tests share: most of their start is imports."""
     ranks = Pair(learner_spec(tiny_model_dir, world_size=2))

@@ -1,4 +1,4 @@
-"""Processes of their own: what this one has imported already cannot be hidden."""
+"""In processes of their own: what this one has imported already cannot be hidden."""
 
 from __future__ import annotations
 

@@ -322,6 +322,7 @@ def test_the_driver_needs_no_torch() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("transport", ["object_store", "delta"])  # nccl stores and fetches like object_store
 def test_a_receiver_may_be_slow_or_killed_while_it_fetches(transport: str) -> None:
     """Through Ray: the parts are owned by the driver, so neither a dead learner nor a dead receiver loses them.
 
