@@ -26,6 +26,7 @@ SHARED_RANKS = "learner"
 """Folder whose tests share two learner ranks."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests one process of `make test` runs in order: those of a file, and some folders."""
     for item in items:
