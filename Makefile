@@ -48,8 +48,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m orchestration demo $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not chaos and not gpu" -n $(WORKERS) --dist loadgroup \
-		--no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -q -m "not chaos and not gpu" -n $(WORKERS) $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

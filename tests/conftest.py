@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -20,19 +21,23 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-REAL_STACK = ("chaos", "end_to_end")
-"""Folders whose tests start whole runs: one at a time, or each starves the other into its deadlines."""
-SHARED_RANKS = "learner"
-"""Folder whose tests share two learner ranks."""
+TOGETHER = {"chaos": "runs", "end_to_end": "runs", "learner": "learner"}
+"""Folders of which one process of `make test` runs all tests: whole runs, two at a time, starve each other into their
+deadlines; those of the learner share two ranks. Of other folders it takes a file at a time."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests one process of `make test` runs in order: those of a file, and some folders."""
-    for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        group = "real stack" if folder in REAL_STACK else folder if folder == SHARED_RANKS else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which tests of `pytest -n 2` stay together; the order is that of a run in one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = Path(nodeid.split("::", 1)[0])
+            return TOGETHER.get(path.parent.name, str(path))
+
+    config.option.loadscopereorder = False  # most tests first would leave the longest, whole runs, for the end
+    return Lanes(config, log)
 
 
 @pytest.fixture(scope="session")
