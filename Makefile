@@ -33,11 +33,12 @@ $(VENV)/pyvenv.cfg:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer and call make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The stamp holds what was installed: another lock, or a changed one, installs again; a mere checkout does not.
+# The stamp holds what was installed: another lock, or a changed one, installs again; a mere checkout does not. Unpacking
+# takes most of the time and the packages of a lock are independent files: two at a time.
 $(DEPENDENCIES): $(LOCK) $(VENV)/pyvenv.cfg
 	@if cmp -s $(LOCK) $@; then touch $@; else \
 		echo "installing $$(wc -l < $(LOCK)) packages into $(VENV) (about 2 minutes) ..." && \
-		$(BIN)/python -m pip install --quiet --no-deps --no-compile -r $(LOCK) && cp $(LOCK) $@; fi
+		xargs -P 2 -n 60 $(BIN)/python -m pip install --quiet --no-deps --no-compile < $(LOCK) && cp $(LOCK) $@; fi
 
 $(INSTALLED): pyproject.toml requirements/smoke.py $(DEPENDENCIES)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .

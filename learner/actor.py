@@ -62,9 +62,12 @@ class LearnerRank:
             "DS_ACCELERATOR": self.spec.device,
         }
         with lean_imports():
+            import deepspeed  # noqa: F401
+            import transformers.models.auto.modeling_auto  # noqa: F401
+
             from learner.trainer import Trainer
 
-            self._trainer = Trainer(self.spec, self.rank, None if checkpoint is None else Path(checkpoint))
+        self._trainer = Trainer(self.spec, self.rank, None if checkpoint is None else Path(checkpoint))
         return {"rank": self.rank, "pid": os.getpid(), **self._trainer.describe()}
 
     def fetch(self, groups: Sequence[ScoredGroup]) -> list[str]:

@@ -29,10 +29,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rollout_and_learner_killed_in_one_run(inputs: Path, tmp_path: Path) -> None:
     """A rollout actor dies in mid-generation, its replacement serves the newest weights; then the learner dies."""
     every, endless = 10, {"steps": 10**6, "checkpoint__stop_grace_s": 60}
-    run = Run(recipe(inputs, tmp_path / "run", rollout__num_actors=2, checkpoint__every_steps=every, **endless))
+    run = Run(recipe(inputs, tmp_path / "run", checkpoint__every_steps=every, **endless))
     run.wait_for_step(4)
     dead = hit(run, "ray::RolloutActor")
-    wait_for_replacement(run, "ray::RolloutActor", dead, count=2)
+    wait_for_replacement(run, "ray::RolloutActor", dead, count=1)
     dead = hit(run, "ray::LearnerRank")
     wait_for_replacement(run, "ray::LearnerRank", dead, count=1)
     go_on(run, every)
@@ -48,7 +48,7 @@ def test_rollout_and_learner_killed_in_one_run(inputs: Path, tmp_path: Path) -> 
 
 
 def test_driver_killed_three_times_in_one_pass(inputs: Path, tmp_path: Path) -> None:
-    """kill -9 of the driver at three random moments of a pass, one of them with pools of another size than before.
+    """kill -9 of the driver at three random moments of a pass, one of them with more learner ranks than before.
 
     Every prompt is committed exactly once.
     """
@@ -59,7 +59,7 @@ def test_driver_killed_three_times_in_one_pass(inputs: Path, tmp_path: Path) -> 
         run = Run(config)
         die_at_random(run, rng, least_steps=1)
         # Two ranks load what one has saved, and (below) one what two have.
-        run = Run(config, "--resume", "learner.world_size=2", "rollout.num_actors=2")
+        run = Run(config, "--resume", "learner.world_size=2")
         die_at_random(run, rng, least_steps=every)
         run = Run(config, "--resume")
         die_at_random(run, rng, least_steps=0)
@@ -68,10 +68,6 @@ def test_driver_killed_three_times_in_one_pass(inputs: Path, tmp_path: Path) -> 
         balanced(run, steps, groups_per_step=4)
         assert committed_once(run, steps) == 1, "the run is one pass"
         assert len(setbacks(run)) <= 3 and max(setbacks(run), default=0) <= every, "more was repeated than is allowed"
-        rollout_actors = {line["attempt"]: line["pool/rollout_actors"] for line in run.metrics()}
-        # A driver that dies early enough is no attempt and logs no line.
-        first, second, *others = rollout_actors.values()
-        assert first == 1 and second == 2 and others and set(others) == {1}
     except Exception as error:
         error.add_note(f"SOFTGRPO_CHAOS_SEED={SEED}")
         raise

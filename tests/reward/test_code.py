@@ -17,6 +17,8 @@ from reward.verifier import Verifier
 from tests.reward.conftest import MEMORY_MB, assert_gone
 from tests.reward.hostile import hostile_programs
 
+BUSY_S = 5.0
+"""By how much a busy machine may exceed a deadline of a second."""
 HUMANEVAL = {
     "prompt": "def add(a, b):\n    ",
     "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n",
@@ -64,7 +66,7 @@ def test_hostile_programs(verifier: Verifier) -> None:
     grades = run(verifier, programs, HUMANEVAL | {"prompt": ""})
     passed = [(p, g) for p, g in zip(programs, grades, strict=True) if g.verdict is Verdict.CORRECT]
     assert not passed
-    assert max(grade.seconds for grade in grades) < 1.0 + 0.5
+    assert max(grade.seconds for grade in grades) < 1.0 + BUSY_S
     assert not Path("/tmp/softgrpo-hostile").exists()
     assert run(verifier, ["def add(a, b): return a + b"], HUMANEVAL)[0].verdict is Verdict.CORRECT
 
@@ -159,7 +161,7 @@ def test_hostile_programs_behind_the_filter_alone() -> None:
         jobs = [Job({"task": "code", "program": program, "gold": gold}, confined=True) for program in programs]
         outcomes = [future.result(60) for future in map(sandbox.submit, jobs)]
         assert [outcome.verdict is Verdict.CORRECT for outcome in outcomes] == [False] * (len(jobs) - 1) + [True]
-        assert max(outcome.seconds for outcome in outcomes) < 1.0 + 0.5
+        assert max(outcome.seconds for outcome in outcomes) < 1.0 + BUSY_S
         assert_gone(server.children(recursive=True))
         assert sandbox.stats()["server_deaths"] == 0 and not Path("/tmp/softgrpo-hostile").exists()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -62,11 +63,11 @@ def parity_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start_engine(parity_model_dir: Path) -> EngineFactory:
+def start_engine(parity_model_dir: Path) -> Iterator[EngineFactory]:
     """`with start_engine(**spec_changes) as engine`; several may live in this process.
 
-    They are never shut down: that (and their collection as garbage) would end the distributed state of the process,
-    which all of them share.
+    They are not shut down before the session ends: that (and their collection as garbage) would end the distributed
+    state of the process, which all of them share.
     """
     alive: list[SoftEngine] = []
 
@@ -75,7 +76,10 @@ def start_engine(parity_model_dir: Path) -> EngineFactory:
         alive.append(SoftEngine(base_spec(model, **changes)))
         yield alive[-1]
 
-    return start
+    yield start
+    # The end of each engine collects garbage: twenty walks over everything that a session of tests has left.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

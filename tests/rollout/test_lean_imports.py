@@ -13,12 +13,14 @@ def run(code: str) -> None:
 
 def test_what_we_need_of_deepspeed_and_transformers_does_without() -> None:
     run("""
-import sys
+import gc, sys
 from rollout.lean_imports import UNUSED, lean_imports
 with lean_imports():
     import deepspeed
-    from transformers import AutoModelForCausalLM, GenerationMixin
-    import transformers.generation.utils
+    import transformers.models.auto.modeling_auto
+    assert not gc.isenabled()
+from transformers import AutoModelForCausalLM, GenerationMixin
+assert gc.isenabled()
 heavy = {name.split(".")[0] for name in sys.modules} & {*UNUSED, "pandas", "scipy"}
 assert not heavy, heavy
 import sklearn  # hidden no more
