@@ -127,6 +127,8 @@ class SimulatedRollout:
         self.oldest: dict[str, int] = {}
         """Version of the actor that started a group, by group id."""
         self.busy_seats_s = 0.0
+        self.given_up: dict[str, tuple[Any, ...]] = {}
+        """Why groups were cancelled while they were generated, by group id."""
 
     def raise_if_broken(self) -> None:
         return
@@ -149,6 +151,9 @@ class SimulatedRollout:
             await asyncio.gather(*(self._decode(member, length) for length in lengths))
             if self.lose(requests[0].group_id):
                 raise ActorLost("simulated")
+        except asyncio.CancelledError as cancelled:
+            self.given_up[requests[0].group_id] = cancelled.args
+            raise
         finally:
             room.release()
             self.changed.set()

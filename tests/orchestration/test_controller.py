@@ -286,6 +286,7 @@ def test_a_group_that_never_finishes_is_dropped_for_age_and_issued_again(hangs: 
     assert simulation.trained_prompts() == once_each(120), "the dropped prompt was issued again"
     responses = simulation.metrics[-1].get("dropped/age_responses", 0)
     assert responses == (2 if hangs == "grading" else 0), "the pool counts what was still being generated"
+    assert simulation.rollout.given_up == ({} if hangs == "grading" else {group_id: ("age",)})
     waits = [metrics["time/learner_wait_s"] for metrics in simulation.metrics]
     assert 50 < max(waits) < 60
     assert (group_id, dropped_at) in issued, "its slot and its prompt are free at once"
