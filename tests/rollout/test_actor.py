@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from rollout.actor import RequestAborted, RolloutActor
+from rollout.actor import RolloutActor
 from rollout.engine import EngineError, RequestError, SoftEngine
+from rollout.engine_thread import RequestAborted
 from rollout.nccl_transfer import Broadcast, NcclGroup, TransferError
 from rollout.request import RolloutRequest
 from rollout.trajectory import Kind, unpack
