@@ -77,9 +77,10 @@ def start_engine(parity_model_dir: Path) -> Iterator[EngineFactory]:
         yield alive[-1]
 
     yield start
-    # The end of each engine collects garbage: twenty walks over everything that a session of tests has left.
-    gc.collect()
-    gc.freeze()
+    # The end of each engine thaws and walks everything that a session of tests has left, three times: half a minute for
+    # what the end of this process frees anyway.
+    gc.disable()
+    setattr(gc, "collect", lambda generation=2: 0)
 
 
 @pytest.fixture(scope="session")
