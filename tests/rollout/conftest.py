@@ -80,7 +80,7 @@ def start_engine(parity_model_dir: Path) -> Iterator[EngineFactory]:
     # The end of each engine thaws and walks everything that a session of tests has left, three times: half a minute for
     # what the end of this process frees anyway.
     gc.disable()
-    setattr(gc, "collect", lambda generation=2: 0)
+    gc.collect = lambda generation=2: 0
 
 
 @pytest.fixture(scope="session")
