@@ -21,9 +21,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-TOGETHER = {"chaos": "runs", "end_to_end": "runs", "learner": "learner"}
-"""Folders of which one process of `make test` runs all tests: whole runs, two at a time, starve each other into their
-deadlines; those of the learner share two ranks. Of other folders it takes a file at a time."""
+TOGETHER = {
+    **{"chaos": "runs", "end_to_end": "runs", "learner": "learner"},
+    **dict.fromkeys(("test_doctor.py", "test_metrics_export.py", "test_submit.py"), "head"),
+}
+"""Folders and files of which one process of `make test` runs all tests: whole runs, two at a time, starve each other
+into their deadlines; those of the learner share two ranks, some of the driver's a Ray head. Of other folders it takes a
+file at a time."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -34,7 +38,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Lanes(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = Path(nodeid.split("::", 1)[0])
-            return TOGETHER.get(path.parent.name, str(path))
+            return TOGETHER.get(path.name) or TOGETHER.get(path.parent.name, str(path))
 
     config.option.loadscopereorder = False  # most tests first would leave the longest, whole runs, for the end
     return Lanes(config, log)

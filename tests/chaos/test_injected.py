@@ -17,7 +17,7 @@ from tests.chaos.faults import go_on, hit, setbacks, stop, wait_for_replacement
 from tests.end_to_end.recipes import Run, make_inputs, recipe
 
 pytestmark = pytest.mark.slow
-EVERY = 10
+EVERY = 5
 ENDLESS: dict[str, Any] = {"steps": 10**6, "checkpoint__stop_grace_s": 60}
 TRANSFERS = ENDLESS | {"pipeline__shard_mb": 1, "pipeline__max_staleness": 0}
 """Every version must have arrived before the next group starts."""
@@ -97,7 +97,7 @@ def test_deaths_between_two_parts_of_a_version(inputs: Path, tmp_path: Path, ord
 def in_service_again(run: Run) -> None:
     """The replacement has the current weights and takes part."""
     run.wait_until(lambda: run.metrics()[-1]["pool/rollout_actors"] == 2, "two rollout actors in service")
-    go_on(run, 5)
+    go_on(run, 3)
 
 
 def no_torn_weights(run: Run) -> None:

@@ -32,7 +32,7 @@ def test_everything_is_killed_in_one_pass(inputs: Path, tmp_path: Path) -> None:
     kill -9 of the driver comes at random moments. Every prompt is committed exactly once, no step is repeated more
     than a checkpoint's distance.
     """
-    steps, every, rng = 80, 5, random.Random(SEED)
+    steps, every, rng = 50, 5, random.Random(SEED)
     settings = {"checkpoint__every_steps": every, "data__train__limit": 4 * steps, "tracking__trajectories_every": 50}
     config = recipe(inputs, tmp_path / "run", steps=steps, **settings)
     try:
@@ -68,9 +68,9 @@ def replaced(run: Run, title: str, count: int) -> None:
 
 
 def die_at_random(run: Run, rng: random.Random, least_steps: int) -> None:
-    """Kill the driver `least_steps` to 15 steps after it started; with 0 steps, perhaps while it starts."""
-    lines, num_steps = len(run.metrics()), rng.randint(least_steps, 15)
-    if num_steps < 5 and not least_steps:
+    """Kill the driver `least_steps` to 8 steps from now; with 0 steps, perhaps while it starts."""
+    lines, num_steps = len(run.metrics()), rng.randint(least_steps, 8)
+    if num_steps < 3 and not least_steps:
         time.sleep(rng.uniform(0.0, 15.0))  # while it starts
     else:
         run.wait_for_step(lines + num_steps)
