@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def test_everything_is_killed_in_one_pass(inputs: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster that outlives its drivers, as on Kubernetes; those of a run's own die with it."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "object_store_memory": 200 * 2**20})
+    yield made.address
+    made.shutdown()
+    os.environ.pop("RAY_ADDRESS", None)
+
+
+def test_everything_is_killed_in_one_pass(inputs: Path, cluster: str, tmp_path: Path) -> None:
     """A rollout actor, the learner, and three times the driver, which resumes once with more learner ranks.
 
     kill -9 of the driver comes at random moments. Every prompt is committed exactly once, no step is repeated more
@@ -34,7 +46,7 @@ def test_everything_is_killed_in_one_pass(inputs: Path, tmp_path: Path) -> None:
     """
     steps, every, rng = 50, 5, random.Random(SEED)
     settings = {"checkpoint__every_steps": every, "data__train__limit": 4 * steps, "tracking__trajectories_every": 50}
-    config = recipe(inputs, tmp_path / "run", steps=steps, **settings)
+    config = recipe(inputs, tmp_path / "run", steps=steps, cluster__address=cluster, **settings)
     try:
         run = Run(config)
         run.wait_for_step(3)

@@ -73,13 +73,6 @@ def test_a_failed_build_leaves_the_old_assets_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["seed-0"]
 
 
-@pytest.mark.slow
-def test_the_driver_builds_in_a_process_of_its_own(tmp_path: Path) -> None:
-    stamp = ensure_assets(SMALL, tmp_path / "seed-0")
-    assert stamp["steps"] == 4
-    assert (tmp_path / "seed-0" / "model" / "model.safetensors").is_file()
-
-
 def test_train_builds_the_assets_that_its_recipe_names(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[tuple[int, Path]] = []
     monkeypatch.setattr(demo_assets, "ensure_assets", lambda recipe, directory: built.append((recipe.seed, directory)))

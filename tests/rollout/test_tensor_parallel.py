@@ -11,7 +11,7 @@ from tests.rollout.conftest import Case, EngineFactory, base_spec, mixed_cases, 
 from tests.rollout.test_engine_weights import build_qwen2, bundle, changed
 from tests.rollout.test_soft_parity import assert_parity
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.chaos]  # long: two more processes import vLLM
 
 
 def test_two_ranks_and_a_weight_update(
