@@ -55,7 +55,8 @@ def ray_head(num_cpus: int = 0, node_types: dict[str, Any] | None = None) -> Ite
         *(f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}", f"--temp-dir={home}"),
         *("--disable-usage-stats", "--include-dashboard=true"),
     ]
-    environment = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # a job's `python` is this one
+    environment = {**os.environ, "HOME": str(home), "PATH": path, "RAY_AUTH_MODE": "token"}
     gcs_address = f"{_node_ip()}:{gcs}"
     if node_types is not None:
         (home / "scaling.json").write_text(json.dumps(_scaling(node_types, gcs_address)), encoding="utf-8")

@@ -136,3 +136,11 @@ def test_python_dash_m_is_the_same_command() -> None:
         [sys.executable, "-m", "orchestration", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.startswith("softgrpo ") and done.returncode == 0
+
+
+def test_a_python_without_the_dependencies_is_named(recipe: Path) -> None:
+    """As a job gets it whose head was started outside of the environment."""
+    command = [sys.executable, "-S", "-m", "orchestration", "validate", "--config", str(recipe)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert f"{sys.executable} has no yaml: install" in done.stderr and "activate the environment" in done.stderr
