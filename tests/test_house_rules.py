@@ -7,6 +7,8 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.conftest import TOGETHER
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("orchestration", "learner", "rollout", "reward")
 BOUNDED_BY = {
@@ -83,3 +85,9 @@ def test_torch_loads_weights_only_unless_the_manifest_was_checked() -> None:
         and not any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in call.keywords)
     ]
     assert unsafe == []
+
+
+def test_what_runs_together_exists() -> None:
+    """A file that was renamed would leave its group in silence."""
+    found = {path.name for path in (ROOT / "tests").rglob("*") if path.suffix == ".py" or path.is_dir()}
+    assert set(TOGETHER) <= found

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,9 @@ def test_real_tasks(verifier: Verifier, shared_dir: Path) -> None:
     golds += [row["final_answer"] for row in rows]
     programs += [row["final_answer"]["code"] for row in rows]
     answers = [Answer(f"```python\n{program}\n```") for program in programs]
-    patient = Verifier(VerifierSpec(2, 60.0, MEMORY_MB))  # a busy machine may take seconds for what is right
-    grades = patient.score(answers, golds, ["code"] * len(answers))
-    patient.close()
+    # A busy machine may take seconds for what is right.
+    with closing(Verifier(VerifierSpec(2, 60.0, MEMORY_MB))) as patient:
+        grades = patient.score(answers, golds, ["code"] * len(answers))
     assert [g for g in grades if g.verdict is not Verdict.CORRECT] == []
     broken = [Answer(a.response_text.replace("return ", "return not ")) for a in answers]
     wrong = verifier.score(broken, golds, ["code"] * len(answers))

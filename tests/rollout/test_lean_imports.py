@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from rollout import engine_thread
+from tests.rollout.conftest import base_spec
 
 
 def run(code: str) -> None:
@@ -43,3 +50,17 @@ with lean_imports():
         raise AssertionError("found")
 assert sys.modules["mlflow"] is imported
 """)
+
+
+def test_an_engine_starts_lean(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def engine(spec: object) -> None:
+        seen.append(gc.isenabled())
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(engine_thread, "SoftEngine", engine)
+    thread = engine_thread.EngineThread(base_spec(Path("no model")))
+    with pytest.raises(RuntimeError, match="far enough"):
+        thread.started.result(timeout=30)
+    assert seen == [False]
