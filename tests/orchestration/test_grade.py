@@ -41,7 +41,7 @@ def test_grades_come_back_in_order(tmp_path: Path) -> None:
     verdicts = ["correct", "incorrect", "timeout", "correct", "unparseable", "correct", "correct", "crash"]
     assert [grade["verdict"] for grade in graded] == verdicts
     assert graded[0]["extracted"] == r"6\cdot 7" and graded[5]["reward"] == 0.5
-    assert 1.0 <= graded[2]["seconds"] < 1.5 and "killed" in graded[2]["detail"]
+    assert graded[2]["seconds"] >= 1.0 and "killed" in graded[2]["detail"]
     assert "cannot be parsed" in graded[7]["detail"] and "Traceback" not in graded[7]["detail"]
     assert summary.num_graded == 8 and summary.verdicts[Verdict.CORRECT] == 4
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -13,6 +13,8 @@ from reward.sandbox import Sandbox
 from reward.verifier import Verifier, VerifierSpec
 
 MEMORY_MB = 512
+BUSY_S = 5.0
+"""By how much a busy machine may exceed a deadline; what has to be killed would run for far longer."""
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,9 @@ from reward.extraction import Answer
 from reward.sandbox import Job, Sandbox
 from reward.verdict import Grade, Verdict
 from reward.verifier import Verifier, VerifierSpec
-from tests.reward.conftest import MEMORY_MB, assert_gone
+from tests.reward.conftest import BUSY_S, MEMORY_MB, assert_gone
 from tests.reward.hostile import hostile_programs
 
-BUSY_S = 5.0
-"""By how much a busy machine may exceed a deadline of a second."""
 HUMANEVAL = {
     "prompt": "def add(a, b):\n    ",
     "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n",

@@ -16,11 +16,11 @@ from reward.extraction import Answer
 from reward.sandbox import Job, Outcome, Sandbox, SandboxError
 from reward.verdict import Verdict
 from reward.wire import FrameReader, WireError, encode
-from tests.reward.conftest import MEMORY_MB, assert_gone
+from tests.reward.conftest import BUSY_S, MEMORY_MB, assert_gone
 from tests.reward.hostile import TOWER, bombs
 
 DEADLINE_S = 1.0
-LATE_S = DEADLINE_S + 0.5
+LATE_S = DEADLINE_S + BUSY_S
 WAIT_S = 30.0
 
 
@@ -49,10 +49,11 @@ def test_a_power_tower_costs_one_deadline_and_one_child(sandbox: Sandbox) -> Non
     outcome = ask(sandbox, mathematics(TOWER))
     assert outcome.verdict is Verdict.TIMEOUT and "killed" in outcome.detail
     assert DEADLINE_S <= time.monotonic() - began < LATE_S
-    began = time.monotonic()
     assert ask(sandbox, mathematics(r"\boxed{42.0}")).verdict is Verdict.CORRECT
-    assert time.monotonic() - began < 1.0, "a replacement must cost a fork, not an import"
-    assert sandbox.stats()["children_killed"] == before["children_killed"] + 1
+    after = sandbox.stats()
+    assert after["children_killed"] == before["children_killed"] + 1
+    kept = ("server_pid", "server_deaths")
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}, "a replacement is a fork"
 
 
 def test_bombs_do_not_hold_up_the_others() -> None:

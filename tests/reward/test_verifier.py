@@ -11,7 +11,7 @@ from reward.extraction import Answer
 from reward.rules import RuleError
 from reward.verdict import Grade, Verdict
 from reward.verifier import Verifier, VerifierSpec
-from tests.reward.conftest import MEMORY_MB, assert_gone
+from tests.reward.conftest import BUSY_S, MEMORY_MB, assert_gone
 from tests.reward.hostile import TOWER, bombs, hostile_answers
 
 DEADLINE_S = 0.5
@@ -30,13 +30,13 @@ def test_hostile_corpus() -> None:
     began = time.monotonic()
     grades = grade_all(verifier, corpus)
     spent_s = time.monotonic() - began
-    late = [(text[:60], grade) for text, grade in zip(corpus, grades, strict=True) if grade.seconds > DEADLINE_S + 0.5]
+    late = [(text[:60], grade) for text, grade in zip(corpus, grades, strict=True) if grade.seconds > DEADLINE_S + BUSY_S]
     assert not late
     fooled = [text[:80] for text, grade in zip(corpus, grades, strict=True) if grade.verdict is Verdict.CORRECT]
     assert not fooled
     counts = Counter(grade.verdict for grade in grades)
     assert counts[Verdict.TIMEOUT] >= 5, counts
-    assert spent_s < (counts[Verdict.TIMEOUT] + 10) * (DEADLINE_S + 0.5)
+    assert spent_s < (counts[Verdict.TIMEOUT] + 10) * (DEADLINE_S + BUSY_S)
     assert grade_all(verifier, [r"\boxed{6\cdot 7}"])[0].verdict is Verdict.CORRECT
     family = [server, *server.children(recursive=True)]
     verifier.close()
