@@ -271,7 +271,8 @@ class _Dispatcher(threading.Thread):
             self._counts["jobs_starved"] += 1
             logger.warning("a grader child got %.3f s of CPU in %g s: this machine is overloaded", cpu_s, deadline_s)
         else:
-            self._finish(child, Verdict.TIMEOUT, f"no verdict within {deadline_s:g} s ({cpu_s:.2f} s of CPU); killed")
+            used = f" ({cpu_s:.2f} s of CPU)" if job.burns_cpu else ""  # what a program used is not the child's
+            self._finish(child, Verdict.TIMEOUT, f"no verdict within {deadline_s:g} s{used}; killed")
         self._discard(child)
 
     def _others_wait(self, child: Child) -> bool:

@@ -66,6 +66,8 @@ def test_hostile_programs(verifier: Verifier) -> None:
     passed = [(p, g) for p, g in zip(programs, grades, strict=True) if g.verdict is Verdict.CORRECT]
     assert not passed
     assert max(grade.seconds for grade in grades) < 1.0 + BUSY_S
+    late = {grade.detail for grade in grades if grade.verdict is Verdict.TIMEOUT}
+    assert late == {"no verdict within 1 s; killed"}, "the CPU of the child is not that of the program"
     assert not Path("/tmp/softgrpo-hostile").exists()
     assert run(verifier, ["def add(a, b): return a + b"], HUMANEVAL)[0].verdict is Verdict.CORRECT
 
