@@ -31,7 +31,9 @@ def test_hostile_corpus() -> None:
     began = time.monotonic()
     grades = grade_all(verifier, corpus)
     spent_s = time.monotonic() - began
-    late = [(text[:60], grade) for text, grade in zip(corpus, grades, strict=True) if grade.seconds > DEADLINE_S + BUSY_S]
+    late = [
+        (text[:60], grade) for text, grade in zip(corpus, grades, strict=True) if grade.seconds > DEADLINE_S + BUSY_S
+    ]
     assert not late
     fooled = [text[:80] for text, grade in zip(corpus, grades, strict=True) if grade.verdict is Verdict.CORRECT]
     assert not fooled
