@@ -64,3 +64,19 @@ def test_an_engine_starts_lean(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="far enough"):
         thread.started.result(timeout=30)
     assert seen == [False]
+
+
+def test_a_learner_rank_starts_lean() -> None:
+    run("""
+import sys, types
+from pathlib import Path
+from learner.actor import LearnerRank
+from tests.learner.handmade import learner_spec
+class Trainer:
+    def __init__(self, *arguments): pass
+    def describe(self): return {}
+sys.modules["learner.trainer"] = types.SimpleNamespace(Trainer=Trainer)
+LearnerRank(learner_spec(Path("no model")), 0).start(("127.0.0.1", 1), None)
+assert "deepspeed" in sys.modules
+assert not {"mlflow", "sklearn"} & set(sys.modules)
+""")
