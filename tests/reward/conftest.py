@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import psutil
 import pytest
@@ -28,13 +29,23 @@ def sandbox() -> Iterator[Sandbox]:
     assert_gone(family)
 
 
+def two_children(deadline_s: float) -> Iterator[Verifier]:
+    with closing(
+        Verifier(VerifierSpec(2, deadline_s, MEMORY_MB, user_rule="tests.reward.user_rules:length_of_answer"))
+    ) as made:
+        yield made
+
+
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[Verifier]:
-    """Two children, one second per answer, a user's rule."""
-    spec = VerifierSpec(2, 1.0, MEMORY_MB, user_rule="tests.reward.user_rules:length_of_answer")
-    made = Verifier(spec)
-    yield made
-    made.close()
+    """Two children, a user's rule, and a minute per answer: a busy machine may take seconds for what is right."""
+    yield from two_children(60.0)
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[Verifier]:
+    """The same with two seconds per answer, for those that never end."""
+    yield from two_children(2.0)
 
 
 def assert_gone(processes: list[psutil.Process], within_s: float = 5.0) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from reward.confinement import Limits
 from reward.extraction import Answer
 from reward.sandbox import Job, Sandbox
 from reward.verdict import Grade, Verdict
-from reward.verifier import Verifier, VerifierSpec
+from reward.verifier import Verifier
 from tests.reward.conftest import BUSY_S, MEMORY_MB, assert_gone
 from tests.reward.hostile import hostile_programs
 
@@ -59,17 +58,17 @@ def test_programs(verifier: Verifier, gold: dict[str, Any] | str, program: str, 
     assert grade.extracted == program
 
 
-def test_hostile_programs(verifier: Verifier) -> None:
+def test_hostile_programs(hasty: Verifier) -> None:
     """None passes, none outlives its deadline, none leaves a trace."""
     programs = hostile_programs()
-    grades = run(verifier, programs, HUMANEVAL | {"prompt": ""})
+    grades = run(hasty, programs, HUMANEVAL | {"prompt": ""})
     passed = [(p, g) for p, g in zip(programs, grades, strict=True) if g.verdict is Verdict.CORRECT]
     assert not passed
-    assert max(grade.seconds for grade in grades) < 1.0 + BUSY_S
+    assert max(grade.seconds for grade in grades) < 2.0 + BUSY_S
     late = {grade.detail for grade in grades if grade.verdict is Verdict.TIMEOUT}
-    assert late == {"no verdict within 1 s; killed"}, "the CPU of the child is not that of the program"
+    assert late == {"no verdict within 2 s; killed"}, "the CPU of the child is not that of the program"
     assert not Path("/tmp/softgrpo-hostile").exists()
-    assert run(verifier, ["def add(a, b): return a + b"], HUMANEVAL)[0].verdict is Verdict.CORRECT
+    assert run(hasty, ["def add(a, b): return a + b"], HUMANEVAL)[0].verdict is Verdict.CORRECT
 
 
 ATTEMPTS = """
@@ -180,12 +179,12 @@ def test_an_unconfined_program_is_a_crash_and_not_run(monkeypatch: pytest.Monkey
     assert verdict is Verdict.CRASH and "could not be confined" in detail and "no such call" in detail
 
 
-def test_hostile_programs_on_standard_input(verifier: Verifier) -> None:
-    grades = run(verifier, hostile_programs(), STANDARD_INPUT)
+def test_hostile_programs_on_standard_input(hasty: Verifier) -> None:
+    grades = run(hasty, hostile_programs(), STANDARD_INPUT)
     assert Verdict.CORRECT not in {grade.verdict for grade in grades}
 
 
-def test_real_tasks(verifier: Verifier, shared_dir: Path) -> None:
+def test_real_tasks(verifier: Verifier, hasty: Verifier, shared_dir: Path) -> None:
     """Reference solutions of HumanEval and MBPP pass; the same code with its results negated does not."""
     rows = json.loads((shared_dir / "data" / "humaneval.json").read_text())[::16]
     golds = [row["final_answer"] for row in rows]
@@ -194,12 +193,10 @@ def test_real_tasks(verifier: Verifier, shared_dir: Path) -> None:
     golds += [row["final_answer"] for row in rows]
     programs += [row["final_answer"]["code"] for row in rows]
     answers = [Answer(f"```python\n{program}\n```") for program in programs]
-    # A busy machine may take seconds for what is right.
-    with closing(Verifier(VerifierSpec(2, 60.0, MEMORY_MB))) as patient:
-        grades = patient.score(answers, golds, ["code"] * len(answers))
+    grades = verifier.score(answers, golds, ["code"] * len(answers))
     assert [g for g in grades if g.verdict is not Verdict.CORRECT] == []
     broken = [Answer(a.response_text.replace("return ", "return not ")) for a in answers]
-    wrong = verifier.score(broken, golds, ["code"] * len(answers))
+    wrong = hasty.score(broken, golds, ["code"] * len(answers))
     assert sum(grade.verdict is Verdict.CORRECT for grade in wrong) <= 1
 
 

@@ -25,7 +25,7 @@ WAIT_S = 30.0
 
 
 def mathematics(answer: str, gold: str = r"\boxed{42}") -> Job:
-    return Job({"task": "math", "answer": answer, "gold": gold})
+    return Job({"task": "math", "answer": answer, "gold": gold}, burns_cpu=True)
 
 
 def users(text: str, gold: object = 1) -> Job:
@@ -234,7 +234,7 @@ def test_a_starved_child_gets_a_second_try() -> None:
         assert ask(sandbox, mathematics(r"\boxed{42}")).verdict is Verdict.CORRECT
         (child,) = psutil.Process(sandbox.stats()["server_pid"]).children()
         child.suspend()
-        outcome = ask(sandbox, Job(mathematics(r"\boxed{40+2}").payload, burns_cpu=True))
+        outcome = ask(sandbox, mathematics(r"\boxed{40+2}"))
         assert outcome.verdict is Verdict.CORRECT
         assert sandbox.stats()["jobs_starved"] == 1
     finally:

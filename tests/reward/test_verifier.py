@@ -46,16 +46,16 @@ def test_hostile_corpus() -> None:
     assert_gone(family)
 
 
-def test_grades_come_in_order_and_are_counted(verifier: Verifier) -> None:
-    before = verifier.stats()
+def test_grades_come_in_order_and_are_counted(hasty: Verifier) -> None:
+    before = hasty.stats()
     texts = [r"\boxed{6\cdot 7}", r"\boxed{7}", TOWER, r"\boxed{\frac}", "", r"\boxed{42}"]
-    grades = grade_all(verifier, texts)
+    grades = grade_all(hasty, texts)
     wanted = ["correct", "incorrect", "timeout", "unparseable", "unparseable", "correct"]
     assert [grade.verdict.value for grade in grades] == wanted
     assert [grade.reward for grade in grades] == [1, 0, 0, 0, 0, 1]
     assert grades[0].extracted == r"6\cdot 7" and grades[4].extracted is None
-    assert re.fullmatch(r"no verdict within 1 s \(\d\.\d\d s of CPU\); killed", grades[2].detail)
-    counted = {name: value - before[name] for name, value in verifier.stats().items() if name.startswith("verdict_")}
+    assert re.fullmatch(r"no verdict within 2 s \(\d\.\d\d s of CPU\); killed", grades[2].detail)
+    counted = {name: value - before[name] for name, value in hasty.stats().items() if name.startswith("verdict_")}
     assert counted == {
         "verdict_correct": 2,
         "verdict_incorrect": 1,
@@ -75,12 +75,12 @@ def test_equal_answers_are_graded_once(verifier: Verifier) -> None:
     assert verifier.stats()["cache_hits"] == before["cache_hits"] + 16
 
 
-def test_siblings_share_a_bomb_but_failures_are_not_remembered(verifier: Verifier) -> None:
-    before = verifier.stats()["jobs"]
-    assert {grade.verdict for grade in grade_all(verifier, bombs(1) * 8)} == {Verdict.TIMEOUT}
-    assert verifier.stats()["jobs"] == before + 1
-    grade_all(verifier, bombs(1))
-    assert verifier.stats()["jobs"] == before + 2
+def test_siblings_share_a_bomb_but_failures_are_not_remembered(hasty: Verifier) -> None:
+    before = hasty.stats()["jobs"]
+    assert {grade.verdict for grade in grade_all(hasty, bombs(1) * 8)} == {Verdict.TIMEOUT}
+    assert hasty.stats()["jobs"] == before + 1
+    grade_all(hasty, bombs(1))
+    assert hasty.stats()["jobs"] == before + 2
 
 
 def test_weighted_rules(verifier: Verifier) -> None:
@@ -92,8 +92,8 @@ def test_weighted_rules(verifier: Verifier) -> None:
     assert grade.verdict is Verdict.INCORRECT and grade.reward == 0.25
 
 
-def test_a_failed_term_fails_the_answer(verifier: Verifier) -> None:
-    (grade,) = grade_all(verifier, [TOWER], rule="0.5*format + math")
+def test_a_failed_term_fails_the_answer(hasty: Verifier) -> None:
+    (grade,) = grade_all(hasty, [TOWER], rule="0.5*format + math")
     assert grade.verdict is Verdict.TIMEOUT and grade.reward == 0
 
 
@@ -105,7 +105,7 @@ def test_user_rule_and_its_traceback(verifier: Verifier) -> None:
 
 
 def test_a_missing_user_rule_is_a_crash_that_names_it() -> None:
-    verifier = Verifier(VerifierSpec(1, 5.0, MEMORY_MB, user_rule="no_such_module:reward"))
+    verifier = Verifier(VerifierSpec(1, 60.0, MEMORY_MB, user_rule="no_such_module:reward"))
     try:
         (grade,) = grade_all(verifier, ["x"], rule="user")
         assert grade.verdict is Verdict.CRASH and "no_such_module" in grade.detail
@@ -114,7 +114,7 @@ def test_a_missing_user_rule_is_a_crash_that_names_it() -> None:
 
 
 def test_unknown_rules_and_unconfigured_user_rules_are_errors() -> None:
-    verifier = Verifier(VerifierSpec(1, 5.0, MEMORY_MB))
+    verifier = Verifier(VerifierSpec(1, 60.0, MEMORY_MB))
     try:
         with pytest.raises(RuleError, match="unknown rule"):
             grade_all(verifier, ["1"], rule="maths")
@@ -124,13 +124,13 @@ def test_unknown_rules_and_unconfigured_user_rules_are_errors() -> None:
         verifier.close()
 
 
-def test_gold_audit(verifier: Verifier) -> None:
+def test_gold_audit(hasty: Verifier) -> None:
     golds = ["42", r"\frac", "", "B", "many", "3.5", {"test_list": ["assert 1"]}, {"tests": []}, r"\boxed{9^{9^{9^9}}}"]
     rules = ["math", "math", "math", "choice", "numeric", "numeric", "code", "code", "math"]
-    problems = verifier.audit(golds, rules)
+    problems = hasty.audit(golds, rules)
     assert [bool(problem) for problem in problems] == [False, True, True, False, True, False, False, True, True]
     assert "cannot be parsed" in str(problems[1]) and "timeout" in str(problems[8])
-    assert verifier.audit([{"a": 1}, "x"], ["math", "math + 0.1*format"])[0] is not None
+    assert hasty.audit([{"a": 1}, "x"], ["math", "math + 0.1*format"])[0] is not None
 
 
 def test_alarm_when_the_grader_fails(verifier: Verifier, caplog: pytest.LogCaptureFixture) -> None:
