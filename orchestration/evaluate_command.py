@@ -13,11 +13,10 @@ import argparse
 import asyncio
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from orchestration.arguments import positive
 from orchestration.config import Config, ConfigError, load_config, parse_config
@@ -181,10 +180,13 @@ def _result_and_arm(text: str) -> tuple[ResultDirectory, str | None]:
 
 
 def _temperatures(text: str) -> list[float]:
-    values = yaml.safe_load(f"[{text}]")
-    if not all(isinstance(value, int | float) and value > 0 for value in values):
+    try:
+        values = [float(value) for value in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < math.inf for value in values):
         raise argparse.ArgumentTypeError(f"{text!r}: positive numbers with commas, as in 0.6,0.8,1.0")
-    return [float(value) for value in values]
+    return values
 
 
 def _parser() -> argparse.ArgumentParser:

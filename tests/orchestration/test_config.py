@@ -100,6 +100,7 @@ def test_censoring_follows_the_likelihood() -> None:
         ("a: [", "not YAML"),
         ("- a list", "found list"),
         ("", "found NoneType"),
+        ("name: t\npipeline: {}\nname: u\n", "'name' a second time[^$]*line 3"),
         ("!!python/object/apply:os.system ['true']", "not YAML"),
     ],
 )
@@ -125,6 +126,8 @@ def test_overrides_are_yaml_and_reach_everywhere(recipe: Path) -> None:
         ("steps", "write it as section.key=value"),
         ("=3", "write it as section.key=value"),
         ("steps=[", "not YAML"),
+        ("steps=0b_", "not YAML: '0b_' is no int"),
+        ("name=2024-13-45", "not YAML: '2024-13-45' is no timestamp"),
         ("name.x=1", "name is a value, not a section"),
     ],
 )

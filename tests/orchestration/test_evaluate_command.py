@@ -99,3 +99,11 @@ def test_nothing_to_evaluate_is_said_before_anything_starts(recipe: Path) -> Non
     with pytest.raises(SystemExit) as stopped:
         main([])
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("text", ["0.6,}", "0.6,", "", "warm", "0", "-1", "nan", "0.6,.inf", "inf"])
+def test_temperatures_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", "recipe.yaml", f"--temperatures={text}"])
+    assert stopped.value.code == 2
+    assert "positive numbers with commas" in capsys.readouterr().err
