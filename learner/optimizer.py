@@ -92,7 +92,9 @@ def deepspeed_config(spec: LearnerSpec) -> dict[str, Any]:
             "stage": stage,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
-            "overlap_comm": spec.device == "cuda" and stage > 0,
+            # Below stage 2 gradients are reduced in `step` only: there is no backward pass to overlap with, and
+            # DeepSpeed refuses to start.
+            "overlap_comm": spec.device == "cuda" and stage >= 2,
         },
         "checkpoint": {"tag_validation": "Fail"},
     }

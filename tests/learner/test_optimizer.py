@@ -1,4 +1,4 @@
-"""Learning rates, the guarded optimiser and the DeepSpeed options, without DeepSpeed."""
+"""Learning rates, the guarded optimiser and the DeepSpeed options, without a process group."""
 
 from __future__ import annotations
 
@@ -74,6 +74,32 @@ def test_stage_zero_becomes_one_where_master_weights_or_offload_need_it() -> Non
     assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert config["data_types"]["grad_accum_dtype"] == "fp32"
     assert deepspeed_config(SPEC)["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_deepspeed_accepts_every_stage_type_and_offload(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own check of an engine's configuration: also of those that only start on a GPU."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    for stage, dtype, offload in itertools.product(range(4), ("float32", "bfloat16"), (False, True)):
+        spec = dataclasses.replace(
+            SPEC,
+            device=device,  # type: ignore[arg-type]
+            zero_stage=stage,  # type: ignore[arg-type]
+            dtype=dtype,  # type: ignore[arg-type]
+            offload_optimizer=offload,
+        )
+        engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
+        nn.Module.__init__(engine)
+        engine._config = DeepSpeedConfig(deepspeed_config(spec))
+        engine.client_optimizer = build_optimizer(nn.Linear(2, 2), spec)
+        engine.client_lr_scheduler = None
+        engine.pipeline_parallelism = False
+        engine._do_sanity_check()
+        overlaps = device == "cuda" and effective_zero_stage(spec) >= 2
+        assert engine.zero_overlap_comm() == overlaps, (stage, dtype, offload)
 
 
 def test_zero_temperatures_are_refused_before_anything_starts() -> None:
