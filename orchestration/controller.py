@@ -63,6 +63,8 @@ class Controller:
         self._setbacks = Setbacks(config, self._ledger)
         self._producers: dict[str, asyncio.Task[None]] = {}
         """By group id."""
+        self._ending: dict[str, asyncio.Task[None]] = {}
+        """Producers that were given up and still have to tell their actor, by group id."""
         self._moved_at = 0.0
         """When a group was last started or left its producer, on the event loop's clock."""
         self._concluded_at = 0.0
@@ -141,6 +143,7 @@ class Controller:
                 self._moved_at = _now()
                 producer.add_done_callback(self._background_ended)
                 producer.add_done_callback(lambda _, room=room: room.release())  # type: ignore[misc]
+                await asyncio.sleep(0)  # hundreds of groups may start at once: others have their turn in between
             await self._wait_for_change()
 
     def _wants_more(self) -> bool:
@@ -151,6 +154,8 @@ class Controller:
     async def _produce(self, visit: Visit, room: Room) -> None:
         """One group from prompt to complete: generate, verify; or back to the backlog, or failed."""
         group_id = visit.group_id
+        if before := self._ending.pop(group_id, None):
+            await asyncio.wait([before])  # its requests have the same ids: an engine must have dropped them first
         try:
             batch, summary = await self.parts.rollout.generate(room, self.parts.requests(visit, self.config))
             self._setbacks.room_found()
@@ -193,9 +198,15 @@ class Controller:
 
     def _drop_for_age(self, group_id: str, waited_s: float) -> None:
         logger.warning("group %s dropped: training waited %.0f s, and it is the oldest in flight", group_id, waited_s)
-        self._producers.pop(group_id).cancel("age")
+        self._give_up(group_id, "age")
         self._ledger.drop(group_id, "age")
         self._changed.set()
+
+    def _give_up(self, group_id: str, reason: str) -> None:
+        """End the producer of a group, if it has one; that of its next visit waits for it."""
+        if producer := self._producers.pop(group_id, None):
+            producer.cancel(reason)
+            self._ending[group_id] = producer
 
     async def _train(self, group_ids: list[str]) -> None:
         """One training step at the current version, and the publication of what it made."""
@@ -213,7 +224,7 @@ class Controller:
         self._metrics.update(learned)
         self._metrics.add("time/train_s", _now() - started)
         await self._publish(version + 1)
-        self._setbacks.step_finished()
+        self._setbacks.step_finished(self.step)
         metrics, self._metrics = self._metrics, StepMetrics()
         for group, age in zip(finished, ages, strict=True):
             metrics.observe(group, age)
@@ -245,7 +256,7 @@ class Controller:
         """Rebuild the learner from the last checkpoint as a new version; what it trained since is issued again."""
         version, weights = self.slots.version + 1, None
         while weights is None:
-            if self._setbacks.too_many():
+            if self._setbacks.learner_died():
                 raise error
             logger.error("learner lost at step %d: %s", self.step, error)
             checkpoint = await in_thread(self.parts.directory.checkpoint_of, self._committed_step)
@@ -255,10 +266,12 @@ class Controller:
             except LearnerError as again:
                 error = again
         for group_id in self._ledger.roll_back(version):
-            if producer := self._producers.pop(group_id, None):
-                producer.cancel(LEARNER_LOST)
+            self._give_up(group_id, LEARNER_LOST)
         self.step = self._committed_step
-        await self.parts.rollout.publish(weights)
+        try:
+            await self.parts.rollout.publish(weights)
+        except LearnerError as again:  # it sends them itself, by NCCL
+            await self._recover_learner(again)
         self._changed.set()
 
     async def _wait_for_change(self) -> None:

@@ -4,7 +4,7 @@
 |------------------------------------------------|--------------------------------------|-------------------------|
 | too many graders of a batch failed             | complete groups with such answers    | 4 setbacks in a row     |
 | batches of a step went with their node         | those groups                         | 4 setbacks in a row     |
-| the learner died                               | steps since its last checkpoint      | 4 setbacks in a row     |
+| the learner died                               | steps since its last checkpoint      | 4 deaths on the same way |
 | no room in the object store                    | batches that found none              | `sync_timeout_s` of it  |
 | no room on the disk                            | a checkpoint                         | the 4th, or the last    |
 | nothing in flight, and nothing may start       | nothing                              | `group_deadline_s`      |
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_IN_A_ROW = 3
-"""Learner deaths, lost and ungraded batches without a finished step: with more, something breaks every step."""
+"""Lost and ungraded batches without a finished step, learner deaths without a new one: more will not help."""
 MAX_UNWRITTEN_CHECKPOINTS = 3
 """In a row, while training goes on and somebody may make room on the disk."""
 
@@ -44,24 +44,33 @@ class Setbacks:
         self._config = config
         self._ledger = ledger
         self._in_a_row = 0
+        self._learner_deaths = 0
+        """Since the run was last further than ever before, or wrote a checkpoint."""
+        self._furthest_step = 0
         self._no_room_since: float | None = None
         """When a batch found no room in the object store, if none found any since."""
         self._unwritten_checkpoints = 0
 
-    def step_finished(self) -> None:
-        """All is well again."""
+    def step_finished(self, step: int) -> None:
+        """All is well again, but for a learner that dies on the same way again and again: it has been here before."""
         self._in_a_row = 0
+        if step > self._furthest_step:
+            self._furthest_step, self._learner_deaths = step, 0
 
     def room_found(self) -> None:
         """The object store took a batch."""
         self._no_room_since = None
 
     def checkpoint_written(self) -> None:
-        """The disk is well again."""
-        self._unwritten_checkpoints = 0
+        """The disk is well again, and no death of the learner leads back behind this point."""
+        self._unwritten_checkpoints = self._learner_deaths = 0
 
-    def too_many(self) -> bool:
-        """Count one more; whether the run ought to end with it."""
+    def learner_died(self) -> bool:
+        """Count a death of the learner; whether the run ought to end with it."""
+        self._learner_deaths += 1
+        return self._learner_deaths > MAX_IN_A_ROW
+
+    def _too_many(self) -> bool:
         self._in_a_row += 1
         return self._in_a_row > MAX_IN_A_ROW
 
@@ -78,7 +87,7 @@ class Setbacks:
             f"step {step}: {len(failed)} of {len(grades)} answers could not be graded, more than "
             f"reward.failure_alarm={alarm:g}: {_verdicts(failed)}"
         )
-        if self.too_many():
+        if self._too_many():
             raise RunError(f"{problem}; {self._in_a_row} setbacks in a row, grading again does not help")
         logger.error("%s; not trained, those groups are issued again", problem)
         for group_id in [name for name, group in complete.items() if any(g.verdict.is_failure for g in group.grades)]:
@@ -89,7 +98,7 @@ class Setbacks:
     def batches_lost(self, error: BatchesLost, step: int, metrics: StepMetrics) -> None:
         """A node went with batches on it: those groups are generated again, the rest of the batch waits for them."""
         self._ledger.put_back(error.group_ids)  # first: also where the run ends here, its learner can be saved
-        if self.too_many():
+        if self._too_many():
             raise RunError(f"step {step}: {error}, {self._in_a_row} times in a row") from error
         logger.warning("step %d: %s", step, error)
         metrics.add("failures/lost_batches", len(error.group_ids))

@@ -126,6 +126,8 @@ class SimulatedRollout:
         """Whether no actor can ever generate this group."""
         self.oldest: dict[str, int] = {}
         """Version of the actor that started a group, by group id."""
+        self.running: set[tuple[int, str]] = set()
+        """Actor and group, until a cancelled group's actor has heard of it."""
         self.busy_seats_s = 0.0
         self.given_up: dict[str, tuple[Any, ...]] = {}
         """Why groups were cancelled while they were generated, by group id."""
@@ -144,6 +146,10 @@ class SimulatedRollout:
     async def generate(self, room: Reservation, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
         member, started = room.member, room.member.version
         self.oldest[requests[0].group_id] = started
+        running = (member.index, requests[0].group_id)
+        if running in self.running:
+            raise GroupFailed("an engine refuses requests whose ids it has already")
+        self.running.add(running)
         try:
             if self.refuse(requests[0].group_id):
                 raise GroupFailed("simulated")
@@ -155,6 +161,7 @@ class SimulatedRollout:
             self.given_up[requests[0].group_id] = cancelled.args
             raise
         finally:
+            self.running.discard(running)
             room.release()
             self.changed.set()
         summary = GroupSummary(

@@ -279,7 +279,7 @@ def test_a_group_that_never_finishes_is_dropped_for_age_and_issued_again(hangs: 
 
     config = simulated_config(tmp_path, steps=30, pipeline__max_staleness=4, pipeline__group_deadline_s=50.0)
     timing = Timing(sigma=0.3, mean_length=3000, cap=6000, train_s=4.0)  # others are generated for several steps, too
-    simulation = Simulation(config, prepare=hang_one, timing=timing, prompts=120).run()
+    simulation = Simulation(config, actors=1, prepare=hang_one, timing=timing, prompts=120).run()
     assert simulation.controller.slots.counts["dropped/age"] == len(drops) == 1
     ((group_id, dropped_at, generating),) = drops
     assert simulation.controller.slots.counts["dispatched"] == 121 and len(generating) == 2

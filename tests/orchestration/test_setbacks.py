@@ -9,12 +9,50 @@ from typing import Any
 
 import pytest
 
+from learner.spec import LearnerError
 from orchestration import run_state
 from orchestration.alternation import AlternatingLearner
 from orchestration.failures import PoolExhausted, RunError
 from orchestration.run_state import load_state
 from rollout.full_store import StoreFull
 from tests.orchestration.simulation import Simulation, Timing, once_each, simulated_config
+
+# --- a learner that dies again and again ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("phase", "every_steps"), [("save", 1), ("save", 3), ("train", 5)])
+def test_a_learner_that_never_gets_past_a_point_ends_the_run(phase: str, every_steps: int, tmp_path: Path) -> None:
+    """The steps that it repeats on its way there are no progress."""
+    deaths = 0
+
+    def die_there(simulation: Simulation) -> None:
+        def die(now: str) -> bool:
+            nonlocal deaths
+            there = now == phase and (phase == "save" or len(simulation.learner.trained) >= 4 * 3)
+            deaths += there
+            return there
+
+        simulation.learner.die = die
+
+    simulation = Simulation(simulated_config(tmp_path, checkpoint__every_steps=every_steps), prepare=die_there)
+    with pytest.raises(LearnerError, match=f"died in {phase}"):
+        simulation.run()
+    assert deaths == 4 and simulation.directory.latest_checkpoint() is None
+
+
+def test_a_learner_that_dies_further_on_each_time_does_not_end_the_run(tmp_path: Path) -> None:
+    due = [4, 8, 12, 16, 20, 24]
+
+    def die_when_due(simulation: Simulation) -> None:
+        def die(phase: str) -> bool:
+            here = phase == "train" and bool(due) and len(simulation.learner.trained) >= due[0]
+            return here and bool(due.pop(0))
+
+        simulation.learner.die = die
+
+    simulation = Simulation(simulated_config(tmp_path, checkpoint__every_steps=9), prepare=die_when_due, prompts=40)
+    assert simulation.run().trained_prompts() == once_each(40) and not due
+
 
 # --- weights that are gone --------------------------------------------------------------------------------------------
 
