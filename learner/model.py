@@ -85,8 +85,9 @@ def causal_model(language_model: nn.Module) -> Any:
 def load_policy(spec: LearnerSpec, *, trainable: bool = True) -> PolicyModel:
     """The checkpoint of `spec` as a policy on the spec's device, in the spec's compute type.
 
-    Raises `LearnerError` if the embedding is smaller than the vocabulary that the rollout engine uses, if the head has
-    a bias (which candidate-only scoring leaves out), or if packed sequences would attend to each other.
+    The policy is in evaluation mode, also where it is trained: without dropout, as the engine runs it. Raises
+    `LearnerError` if the embedding is smaller than the vocabulary that the rollout engine uses, if the head has a bias
+    (which candidate-only scoring leaves out), or if packed sequences would attend to each other.
     """
     from transformers import AutoModelForCausalLM
 
@@ -103,13 +104,35 @@ def load_policy(spec: LearnerSpec, *, trainable: bool = True) -> PolicyModel:
         raise LearnerError(f"{spec.model_path}: an output layer with a bias is not supported")
     use_packed_attention(model.to(spec.device))
     if trainable and spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model, spec.model_path)
     if trainable and spec.lora_rank:
         model = add_lora(model, spec.lora_rank)
     policy = PolicyModel(model, differentiate_soft_inputs=spec.differentiate_soft_inputs)
     if not trainable:
         policy.requires_grad_(False).eval()
     return policy.to(spec.device)  # adapters were made on the CPU
+
+
+def _checkpoint_activations(model: Any, model_path: str) -> None:
+    """Keep only the inputs of the layers for the backward pass, which runs them again.
+
+    Transformers does so in training mode alone. Only what checkpoints is set to it, the modules inside stay in
+    evaluation mode; as a layer may drop out by itself, a model with dropout is refused.
+    """
+    settings = model.config.get_text_config().to_dict()
+    dropouts = [
+        f"{name}={value}"
+        for name, value in settings.items()
+        if "drop" in name and not name.startswith(("classifier", "summary")) and value
+    ]
+    if dropouts:
+        raise LearnerError(
+            f"{model_path}: its config.json has {', '.join(dropouts)}, with which learner.gradient_checkpointing would "
+            "score a policy that the engine does not run; set them to 0 there, or the checkpointing to false"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        module.training = getattr(module, "gradient_checkpointing", False)
 
 
 def add_lora(model: nn.Module, rank: int) -> nn.Module:

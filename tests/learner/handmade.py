@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from learner.spec import LearnerSpec, ScoredGroup
 from rollout.trajectory import Kind, Trajectory, pack
 
+if TYPE_CHECKING:
+    from learner.model import PolicyModel
+
 END_OF_THINKING, EOS = 4, 2
 TAU, CENSOR_DELTA = 0.1, 1e-3
+LAYERS = 2
+"""Of the tiny model."""
 
 
 def learner_spec(model: Path, **changes: object) -> LearnerSpec:
@@ -34,6 +40,16 @@ def learner_spec(model: Path, **changes: object) -> LearnerSpec:
         sync_timeout_s=60.0,
     )
     return replace(spec, **changes)  # type: ignore[arg-type]
+
+
+def count_layer_runs(policy: PolicyModel) -> list[None]:
+    """Grows with every run of a layer of the tiny model."""
+    runs: list[None] = []
+    layers = [module for module in policy.modules() if type(module).__name__ == "LlamaDecoderLayer"]
+    assert len(layers) == LAYERS
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: runs.append(None))
+    return runs
 
 
 def make_trajectory(

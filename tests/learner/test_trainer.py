@@ -20,7 +20,7 @@ from learner.spec import LearnerError, NonFiniteGradients, ReplayError, ScoredGr
 from learner.trainer import Trainer
 from rollout.trajectory import Kind, pack, unpack
 from rollout.transport import Link
-from tests.learner.handmade import learner_spec, make_group
+from tests.learner.handmade import LAYERS, count_layer_runs, learner_spec, make_group
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_rank")]
 
@@ -117,18 +117,25 @@ def naive_gradient_norm(model_dir: Path, samples: Sequence[Sample], answer_tempe
     return float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm())
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_the_gradient_is_that_of_a_naive_loop(tiny_model_dir: Path, gradient_checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("stage", "gradient_checkpointing"), [(0, False), (0, True), (1, True), (2, True), (3, False), (3, True)]
+)
+def test_the_gradient_is_that_of_a_naive_loop(tiny_model_dir: Path, stage: int, gradient_checkpointing: bool) -> None:
     spec = learner_spec(
         tiny_model_dir,
         answer_temperature=1.3,
         aggregation="sequence_mean",
+        zero_stage=stage,
         gradient_checkpointing=gradient_checkpointing,
     )
     groups = [make_group(seed) for seed in range(2)]
     (samples,) = plan_step(groups, spec, 64).mini_batches
     expected = naive_gradient_norm(tiny_model_dir, samples, 1.3)
-    assert Trainer(spec, rank=0).train(groups, 0)["learner/grad_norm"] == pytest.approx(expected, rel=1e-4)
+    trainer = Trainer(spec, rank=0)
+    runs = count_layer_runs(trainer.policy)
+    metrics = trainer.train(groups, 0)
+    assert metrics["learner/grad_norm"] == pytest.approx(expected, rel=1e-4)
+    assert len(runs) == LAYERS * metrics["learner/passes"] * (2 if gradient_checkpointing else 1)
 
 
 @pytest.mark.parametrize(
