@@ -12,6 +12,8 @@ from torch import Tensor
 Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce", "bnpo"]
 
 STD_EPSILON = 1e-6
+LEAST_VARIANCE = 1e-10
+"""Of the group means, as a share of the most that they could have: below it there is rounding, of equal means."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Groups:
     @property
     def means(self) -> Tensor:
         """[number of groups] mean reward of every group, one entry each."""
-        first = torch.zeros(int(self.members.max()) + 1, dtype=self.mean.dtype)
+        first = self.mean.new_zeros(int(self.members.max()) + 1)
         return first.scatter(0, self.members, self.mean)
 
 
@@ -92,7 +94,7 @@ def _bnpo(groups: Groups) -> Tensor:
     means = groups.means
     mean, variance = means.mean(), means.var(correction=0)
     spread = mean * (1 - mean)
-    fits = bool(variance > 0) and bool(variance < spread)
+    fits = bool(variance > LEAST_VARIANCE * spread) and bool(variance < spread)
     total = spread / variance - 1 if fits else torch.zeros_like(mean)
     alpha, beta = 1 + mean * total / 3, 1 + (1 - mean) * total / 3
     p = groups.mean.clamp(1e-6, 1 - 1e-6)  # deviations are 0 at 0 and 1: any positive density will do

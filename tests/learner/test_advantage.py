@@ -46,6 +46,27 @@ def test_bnpo_is_grpo_up_to_a_constant_for_a_flat_success_rate() -> None:
     torch.testing.assert_close(bnpo, (rewards - rates.repeat_interleave(8)) / density.double())
 
 
+@pytest.mark.parametrize(
+    "rewards", [[1.0, 0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.1, 0.7, 0.9]], ids=str
+)
+def test_bnpo_of_groups_with_one_mean_only_subtracts_it(rewards: list[float]) -> None:
+    """Also where the mean of the means is rounded, or the sums of the groups are, so that they seem to vary."""
+    members = torch.tensor(rewards, dtype=torch.float64)
+    values = torch.cat([members if number % 2 else members.flip(0) for number in range(6)])
+    groups = torch.arange(6).repeat_interleave(len(rewards))
+    bnpo = group_advantage(values, groups, estimator="bnpo")
+    torch.testing.assert_close(bnpo, group_advantage(values, groups, estimator="dr_grpo"))
+
+
+@pytest.mark.parametrize("estimator", list(ESTIMATORS))
+def test_advantages_are_on_the_device_of_the_rewards(estimator: str) -> None:
+    """Whatever torch's default is: nothing on the way is made elsewhere."""
+    rewards, groups = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 1, 1])
+    with torch.device("meta"):
+        advantages = group_advantage(rewards, groups, estimator=estimator)  # type: ignore[arg-type]
+    assert torch.equal(advantages, group_advantage(rewards, groups, estimator=estimator))  # type: ignore[arg-type]
+
+
 def test_bnpo_wants_success_rates() -> None:
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         group_advantage(torch.tensor([2.0, 0.0]), torch.tensor([0, 0]), estimator="bnpo")
