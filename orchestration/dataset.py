@@ -93,7 +93,10 @@ def locate(path: str) -> Path:
     """The local file of a path or of `hf://datasets/OWNER/NAME/FILE` (looked up in the hub's local cache)."""
     if path.startswith(HUB_PREFIX):
         return _locate_in_hub_cache(path)
-    file = Path(path).expanduser()
+    try:
+        file = Path(path).expanduser()
+    except RuntimeError as error:  # `~nobody/file`
+        raise ConfigError(f"{path}: {error}; write the path from the root") from None
     if not file.is_file():
         what = "is a directory" if file.is_dir() else "no such file"
         raise ConfigError(f"{path}: {what}; set data.*.path to a Parquet, JSON or JSONL file")
@@ -102,12 +105,16 @@ def locate(path: str) -> Path:
 
 def _locate_in_hub_cache(path: str) -> Path:
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     owner, _, rest = path.removeprefix(HUB_PREFIX).partition("/")
     name, _, file = rest.partition("/")
     if not file:
         raise ConfigError(f"{path}: write a dataset of the hub as {HUB_PREFIX}OWNER/NAME/FILE")
-    found = try_to_load_from_cache(f"{owner}/{name}", file, repo_type="dataset")
+    try:
+        found = try_to_load_from_cache(f"{owner}/{name}", file, repo_type="dataset")
+    except HFValidationError as error:
+        raise ConfigError(f"{path}: {owner}/{name} is no name of the hub: {error}") from None
     if not isinstance(found, str):
         raise MissingData(
             f"{path}: not in the local cache; fetch it with `hf download --repo-type dataset {owner}/{name} {file}`"
@@ -135,52 +142,65 @@ def report_bad_rows(problems: Sequence[str], max_bad_rows: int) -> None:
     )
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if path.suffix == ".parquet":
-        yield from enumerate(_read_parquet(path), start=1)
-    elif path.suffix == ".jsonl":
-        yield from _read_jsonl(path)
-    elif path.suffix == ".json":
-        yield from _read_json(path)
-    else:
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".json": _read_json}
+    if path.suffix not in readers:
         raise ConfigError(f"{path}: unknown type {path.suffix or '(no suffix)'}; use .parquet, .json or .jsonl")
+    try:
+        yield from readers[path.suffix](path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not a readable Parquet file: {error}") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                yield line, json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}:{line}: not JSON ({error.msg}): {text.strip()[:80]!r}") from None
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            if raw.strip():
+                text = _as_text(raw, f"{path}:{line}")
+                try:
+                    yield line, json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    raise _not_json(f"{path}:{line}", text, error) from None
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    text = path.read_text(encoding="utf-8")
+def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
+    text = _as_text(path.read_bytes(), str(path))
     try:
         tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             yield from _read_jsonl(path)
             return
-        raise ConfigError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise _not_json(f"{path}{line}", text, error) from None
     if not isinstance(tree, list):
         raise ConfigError(f"{path}: expected a list of rows, found {type(tree).__name__}")
     yield from enumerate(tree, start=1)
+
+
+def _as_text(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: not UTF-8 text ({error}); save it as UTF-8") from None
+
+
+def _not_json(where: str, text: str, error: Exception) -> ConfigError:
+    """Python also refuses numbers of thousands of digits (a plain ValueError) and nesting that is too deep."""
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+    return ConfigError(f"{where}: not JSON ({reason}): {text.strip()[:80]!r}")
 
 
 def _parse_row(
@@ -254,7 +274,12 @@ def _parse_gold(value: Any, column: str) -> Gold:
 
 def _prompt_id(name: str, messages: tuple[Message, ...], gold: Gold, seen: Counter[str]) -> str:
     content = json.dumps([messages, gold], sort_keys=True, ensure_ascii=False, default=str)
-    digest = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    try:
+        digest = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            f"{error.object[error.start]!r} is half of a character, which no text can hold; remove it"
+        ) from None
     seen[digest] += 1
     suffix = f"-{seen[digest]}" if seen[digest] > 1 else ""
     return f"{re.sub('[^A-Za-z0-9._-]', '_', name)}-{digest}{suffix}"
@@ -288,7 +313,7 @@ class PromptStream:
         self._epoch = 0
         self._position = 0
         self._order = self._order_of(0)
-        self._digest = dataset_digest(self._order)
+        self._digest = dataset_digest(sorted(self._rows, key=lambda row: row.prompt_id))
 
     def __iter__(self) -> PromptStream:
         return self
@@ -308,15 +333,22 @@ class PromptStream:
         return self._epoch * len(self._rows) + self._position
 
     def state(self) -> dict[str, Any]:
-        """The cursor, and a digest of what it points into."""
-        return {"epoch": self._epoch, "position": self._position, "digest": self._digest}
+        """The cursor, the seed of its order, and a digest of the prompts that it points into."""
+        return {"epoch": self._epoch, "position": self._position, "seed": self._seed, "digest": self._digest}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue after the visits of `state`; raises `ConfigError` if the data changed in between."""
-        if state["digest"] != self._digest:
+        """Continue after the visits of `state`; raises `ConfigError` if the data or the seed changed in between."""
+        # Earlier checkpoints have no seed: their digest is of the order of epoch 0.
+        digest = self._digest if "seed" in state else dataset_digest(self._order_of(0))
+        if state["digest"] != digest:
             raise ConfigError(
-                f"the training data changed since the checkpoint (digest {state['digest']}, now {self._digest}): "
-                "resume with the same file and limits, or start a new run under another name"
+                f"the training data changed since the checkpoint (digest {state['digest']}, now {digest}): resume with "
+                "the same file, limits and seed, or start a new run under another name"
+            )
+        if state.get("seed", self._seed) != self._seed:
+            raise ConfigError(
+                f"seed={self._seed}, but the checkpoint was made with seed={state['seed']}, which decides the order of "
+                f"the prompts: resume with seed={state['seed']}, or start a new run under another name"
             )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._order = self._order_of(self._epoch)

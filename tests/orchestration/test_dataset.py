@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from orchestration.config import ConfigError
 from orchestration.config_sections import ColumnMapping, DatasetConfig, RewardConfig
-from orchestration.dataset import MissingData, PromptRow, PromptStream, Visit, load_rows
+from orchestration.dataset import MissingData, PromptRow, PromptStream, Visit, dataset_digest, load_rows
 
 REWARD = RewardConfig()
 Write = Callable[[str, Any], Path]
@@ -109,6 +109,8 @@ def test_prompt_ids_depend_on_content_only(write: Write) -> None:
         ({"prompt": [{"role": "assistant", "content": "x"}], "final_answer": "2"}, ["assistant", "user message"]),
         ({"prompt": "write", "final_answer": {}}, ["final_answer={}", "no gold answer"]),
         (["not", "a", "row"], ["expected an object"]),
+        ({"question": "1+1? \ud800", "answer": "2"}, [r"'\ud800'", "half of a character"]),
+        ({"question": "1+1?", "answer": {"text": "\udfff"}}, [r"'\udfff'", "half of a character"]),
     ],
 )
 def test_a_bad_row_names_file_line_value_and_fix(write: Write, record: Any, words: list[str]) -> None:
@@ -138,6 +140,12 @@ def test_many_bad_rows_are_counted_and_some_listed(write: Write) -> None:
         ("broken.jsonl", None, "broken.jsonl:1: not JSON"),
         ("broken.json", "{", "not JSON"),
         ("tree.json", {"rows": []}, "expected a list of rows, found dict"),
+        ("latin.jsonl", b'{"question": "1"}\n{"question": "\xe9"}\n', "latin.jsonl:2: not UTF-8 text"),
+        ("latin.json", b'[{"question": "\xe9"}]', "latin.json: not UTF-8 text"),
+        ("long.jsonl", b'{"answer": ' + b"7" * 5000 + b"}", "long.jsonl:1: not JSON .*4300 digits"),
+        ("long.json", b"[" + b"7" * 5000 + b"]", "long.json: not JSON .*4300 digits"),
+        ("deep.jsonl", b"[" * 100_000, "deep.jsonl:1: not JSON .*recursion"),
+        ("deep.json", b"[" * 100_000, "deep.json: not JSON .*recursion"),
         ("table.csv", "a,b", "unknown type .csv; use .parquet"),
         ("broken.parquet", None, "not a readable Parquet file"),
     ],
@@ -146,6 +154,8 @@ def test_unreadable_files(write: Write, tmp_path: Path, name: str, content: Any,
     path = tmp_path / name
     if content is None:
         path.write_text("{broken", encoding="utf-8")
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
     else:
         write(name, content)
     with pytest.raises(ConfigError, match=words):
@@ -157,6 +167,10 @@ def test_missing_files(tmp_path: Path) -> None:
         load(tmp_path / "nowhere.json")
     with pytest.raises(ConfigError, match="is a directory"):
         load(tmp_path)
+    with pytest.raises(ConfigError, match=r"~no-such-user/set\.jsonl: .*from the root"):
+        load_rows(DatasetConfig(path="~no-such-user/set.jsonl"), REWARD)
+    with pytest.raises(ConfigError, match="a b/set is no name of the hub"):
+        load_rows(DatasetConfig(path="hf://datasets/a b/set/train.jsonl"), REWARD)
     with pytest.raises(MissingData, match=r"hf download --repo-type dataset no-such-owner/no-such-set train\.jsonl"):
         load_rows(DatasetConfig(path="hf://datasets/no-such-owner/no-such-set/train.jsonl"), REWARD)
 
@@ -202,6 +216,18 @@ def test_a_cursor_into_other_data_is_refused() -> None:
     state = PromptStream(rows(5), seed=0).state()
     with pytest.raises(ConfigError, match="the training data changed"):
         PromptStream(rows(6), seed=0).restore(state)
+    with pytest.raises(ConfigError, match="seed=7, but the checkpoint was made with seed=0"):
+        PromptStream(rows(5), seed=7).restore(state)
+
+
+def test_a_cursor_of_a_checkpoint_without_a_seed_is_taken() -> None:
+    stream = PromptStream(rows(5), seed=3)
+    order = take(PromptStream(rows(5), seed=3), 5)
+    state = {"epoch": 0, "position": 2, "digest": dataset_digest([visit.row for visit in order])}
+    stream.restore(state)
+    assert take(stream, 3) == order[2:]
+    with pytest.raises(ConfigError, match="same file, limits and seed"):
+        PromptStream(rows(5), seed=4).restore(state)
 
 
 @pytest.mark.parametrize(
