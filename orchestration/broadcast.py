@@ -10,8 +10,10 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from ray.exceptions import RayTaskError
+
 from learner.group import LearnerGroup
-from orchestration.failures import one_line, within
+from orchestration.failures import DeadlineExceeded, one_line, within
 from orchestration.pools import Member
 from orchestration.rollout_pool import RolloutPool
 from rollout.nccl_transfer import CONNECT_DEADLINE_S, Broadcast, NcclGroup, TransferError
@@ -62,18 +64,26 @@ class BroadcastPool(RolloutPool):
         sending = self._learner.broadcast(manifest, group)
         sent, *received = await asyncio.gather(sending, *receiving, return_exceptions=True)
         for member, report in zip(members, received, strict=True):
-            if isinstance(report, BaseException):
-                self._group = None
-                self.lose(member, one_line(report), "transfer")
-            else:
+            if not isinstance(report, BaseException):
                 self._sync_reports.append(report)
                 member.version = manifest.version
+        failed = {m: report for m, report in zip(members, received, strict=True) if isinstance(report, BaseException)}
+        self._replace(failed, together=isinstance(sent, TransferError))
         self.changed.set()
         if isinstance(sent, TransferError):
             self._group = None
             logger.warning("version %d was not broadcast to all: %s", manifest.version, sent)
         elif isinstance(sent, BaseException):
             raise sent
+
+    def _replace(self, failed: dict[Member, BaseException], *, together: bool) -> None:
+        """Lose those that a version did not reach; one that dies takes the others along (`together`) and pays alone."""
+        if failed:
+            self._group = None
+        died = [member for member, report in failed.items() if not isinstance(report, RayTaskError | DeadlineExceeded)]
+        charged = (died or list(failed)[:1]) if together else list(failed)
+        for member in sorted(failed, key=charged.__contains__, reverse=True):
+            self.lose(member, one_line(failed[member]), "transfer", charged=member in charged)
 
     async def _group_of(self, members: list[Member]) -> NcclGroup:
         """The group in use, or a new one where others serve now, another learner sends, or a transfer failed."""

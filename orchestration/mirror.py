@@ -159,7 +159,7 @@ class Mirror:
         with self._lock:
             self._abandoned = self._thread.is_alive()
         complete = not self._abandoned and self._is_drained()
-        if not complete:
+        if not complete and not self._refused:
             logger.warning(
                 "MLflow did not take everything in time; metrics.jsonl has all of it, and the next attempt of this run "
                 "(or `python -m orchestration.tracking %s`) sends the rest",
@@ -176,21 +176,22 @@ class Mirror:
                 if self._closing and not self._abandoned and self._is_drained():
                     self._sink.finish(self._state.final_status or "KILLED")
                     return
-            except SinkUnavailable as error:
+            except (SinkUnavailable, OSError) as error:
                 pause = self._after_failure(error)
-            except SinkRefused as error:
+            except (SinkRefused, SinkRejected) as error:  # as a whole: what it rejects in a run is passed over
                 self._refused = True
                 logger.error("MLflow refuses this run (%s); metrics.jsonl goes on without it", error)
             if self._closing and self._failures:
                 return
             self._wake.wait(pause)
 
-    def _after_failure(self, error: SinkUnavailable) -> float:
+    def _after_failure(self, error: SinkUnavailable | OSError) -> float:
         self._failures += 1
         pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self._failures - 1))
         if time.monotonic() - self._warned_at >= WARN_EVERY_S:
             self._warned_at = time.monotonic()
-            logger.warning("MLflow is not reachable (%s); metrics wait in metrics.jsonl, trying again", error)
+            what = "MLflow is not reachable" if isinstance(error, SinkUnavailable) else "MLflow gets nothing from here"
+            logger.warning("%s (%s); metrics wait in metrics.jsonl, trying again", what, error)
         return pause
 
     def _deliver(self) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, ObjectLostError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from orchestration.draining import node_of
 from orchestration.failures import (
@@ -192,28 +192,31 @@ class ActorPool:
             if isinstance(error, ValueError):
                 raise GroupFailed(f"{what}: {cause}") from error
             self.lose(member, f"{what}: {one_line(error)}", "error")
-        except (RayActorError, ObjectLostError) as error:
+        except RayError as error:  # also what Ray's memory monitor kills, which is no RayActorError
             self.lose(member, f"{what}: {type(error).__name__}", "died")
         except DeadlineExceeded as error:
             self.lose(member, str(error), "deadline")
         raise ActorLost(what)
 
-    def lose(self, member: Member, reason: str, cause: str) -> None:
-        """Take a member out, kill what is left of it and start a replacement (once, however many calls notice)."""
+    def lose(self, member: Member, reason: str, cause: str, *, charged: bool = True) -> None:
+        """Take a member out, kill what is left of it and start a replacement (once, however many calls notice).
+
+        Not `charged` to the restart budget where another one's loss, which is, took this one along.
+        """
         if self._members.get(member.index) is not member or self._fatal is not None:
             return
         logger.warning("%s actor %d lost: %s", self.name, member.index, reason)
         self.counts[f"lost/{cause}"] += 1
         member.ready = False
         ray.kill(member.actor)
-        if self._restarts_left == 0:
+        if charged and self._restarts_left == 0:
             self._fatal = PoolExhausted(
                 f"{self.name} actor {member.index} was lost ({reason}) and the restart budget is spent; "
                 "raise pipeline.max_restarts, or look at the actor's log for the cause"
             )
             self.changed.set()
             return
-        self._restarts_left -= 1
+        self._restarts_left -= charged
         self.counts["restarts"] += 1
         if cause == "start":
             self._spawn(self._add_later(member), f"start {member.index} later")
@@ -249,12 +252,12 @@ class ActorPool:
             return  # while it was made ready to serve: its replacement is on its way
         except DeadlineExceeded as error:
             self._did_not_start(member, error)
-        except (RayActorError, RayTaskError) as error:
-            if not self._has_started and (isinstance(error, RayTaskError) or error.actor_init_failed):
+        except RayError as error:
+            if not self._has_started and _is_own_fault(error):
                 raise self._cannot_start(error) from error  # its own code raised: another one would too
             self.lose(member, f"start-up: {one_line(error)}", "start")
 
-    def _cannot_start(self, error: RayTaskError | RayActorError) -> RunError:
+    def _cannot_start(self, error: RayError) -> RunError:
         cause = getattr(error, "cause", None) or error
         return RunError(f"a {self.name} actor cannot start: {type(cause).__name__}: {cause}")
 
@@ -292,7 +295,7 @@ class ActorPool:
     async def _ping(self, member: Member) -> None:
         try:
             stats = await within(member.actor.stats.remote(), PING_DEADLINE_S, f"a ping of {self.name} {member.index}")
-        except (RayActorError, RayTaskError, DeadlineExceeded) as error:
+        except (RayError, DeadlineExceeded) as error:
             self.lose(member, one_line(error), "ping")
             return
         now = time.monotonic()
@@ -320,3 +323,9 @@ class ActorPool:
         if not task.cancelled() and task.exception() is not None and self._fatal is None:
             self._fatal = task.exception()
             self.changed.set()
+
+
+def _is_own_fault(error: RayError) -> bool:
+    """Whether an actor's code, packages or resources keep it from starting: another one would not start either."""
+    hopeless = isinstance(error, RayTaskError | RuntimeEnvSetupError | ActorUnschedulableError)
+    return hopeless or getattr(error, "actor_init_failed", False)

@@ -8,15 +8,15 @@ alone passes through the driver. It stays at or above the version that it was di
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 
 from orchestration.failures import ActorLost, DeadlineExceeded, InputLost, one_line, within
 from orchestration.pools import Member
@@ -96,12 +96,13 @@ class RolloutPool(VersionedPool):
 
     def reserve(self, size: int, accepts_version: Callable[[int], bool]) -> Reservation | None:
         """Room for `size` requests on the least loaded member whose version is acceptable, if there is any."""
+        accepts = functools.cache(accepts_version)  # many members, few versions
         member = self.least_loaded(
             lambda member: (
                 not self._resting
                 and member not in self._asleep
                 and member.in_flight < self._max_in_flight
-                and accepts_version(member.version)
+                and accepts(member.version)
             )
         )
         if member is None:
@@ -156,7 +157,7 @@ class RolloutPool(VersionedPool):
         what = f"rollout actor {member.index} to abort {running.request_ids[0]} and its siblings"
         try:
             lengths = await within(aborted, CUT_DEADLINE_S, what)
-        except (RayActorError, RayTaskError, DeadlineExceeded) as error:
+        except (RayError, DeadlineExceeded) as error:
             logger.warning("%s: %s", what, one_line(error))
             return
         name = running.request_ids[0]
@@ -196,7 +197,7 @@ class RolloutPool(VersionedPool):
         what = f"rollout actor {member.index} to cut {running.request_ids[0]} and its siblings"
         try:
             await within(member.actor.cut.remote(list(running.request_ids)), CUT_DEADLINE_S, what)
-        except (RayActorError, RayTaskError, DeadlineExceeded) as error:
+        except (RayError, DeadlineExceeded) as error:
             if self._leaves(member):
                 ray.kill(member.actor)
             else:
@@ -226,7 +227,7 @@ class RolloutPool(VersionedPool):
         while True:
             self.raise_if_broken()
             newest = max((member.version for member in self.members if member.ready), default=0)
-            room = self.reserve(len(requests), partial(operator.le, newest))
+            room = self.reserve(len(requests), functools.partial(operator.le, newest))
             if room is None:
                 await self._wait_for_change()
                 continue

@@ -95,6 +95,7 @@ class TrainingRun:
         self.stream = PromptStream(self.prompts.rows, seed=self.config.seed)
         self.checkpoint = directory.resume_point() if resume else None
         self.state = load_state(self.checkpoint) if self.checkpoint else None
+        self.backlog = self._restore_stream()
         self.plan = make_plan(resolved, initial_version=0, labelled=labelled_pools())
         self.tracker = Tracker.open(self.config, datasets=[_describe_dataset(resolved)], checkpoint=self.checkpoint)
         self.groups = GroupsLog(directory.path, attempt=self.tracker.attempt)
@@ -126,8 +127,8 @@ class TrainingRun:
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
-        except (RunError, LearnerError, StoreFull, OSError) as error:
-            logger.error("%s", error, exc_info=isinstance(error, OSError))
+        except (RunError, LearnerError, StoreFull, RayError, OSError) as error:
+            logger.error("%s", error, exc_info=isinstance(error, OSError | RayError))
             await self._save_what_is_left()
             return "FAILED"
         except ConfigError:
@@ -164,7 +165,6 @@ class TrainingRun:
                 task.cancel()
 
     async def _train(self) -> None:
-        backlog = self._restore_stream()
         self.evaluation = RunEvaluation(
             self.config,
             self.evaluation_prompts,
@@ -186,7 +186,7 @@ class TrainingRun:
             directory=self.directory,
             after_step=self._after_step,
         )
-        self.controller = Controller(self.config, parts, self.state, backlog)
+        self.controller = Controller(self.config, parts, self.state, self.backlog)
         try:
             await self.controller.run()
         finally:

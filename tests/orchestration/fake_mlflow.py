@@ -22,6 +22,7 @@ class FakeMlflow:
         self.runs: dict[str, dict[str, Any]] = {}
         self.metrics: list[dict[str, Any]] = []
         self.rejected_names: set[str] = set()
+        self.rejected_calls: set[str] = set()
         self.release = threading.Event()
         self._artifacts = artifacts
         self._port = 0
@@ -78,6 +79,8 @@ class FakeMlflow:
         self._send(handler, status, tree)
 
     def _call(self, call: str, arguments: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if call in self.rejected_calls:
+            return 400, {"error_code": "INVALID_PARAMETER_VALUE", "message": "deleted in the meantime"}
         match call:
             case "experiments/get-by-name":
                 name = arguments["experiment_name"]

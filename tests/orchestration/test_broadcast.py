@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
 from learner.spec import LearnerError, PublishedWeights
 from orchestration import pools
 from orchestration.broadcast import BroadcastPool
+from orchestration.failures import PoolExhausted
 from rollout.nccl_transfer import Broadcast, NcclGroup, TransferError
 from rollout.transport import Link
 from rollout.weights import WeightError, WeightManifest
@@ -136,7 +138,7 @@ def test_members_keep_one_group_and_fetch_nothing(monkeypatch: pytest.MonkeyPatc
 def test_a_failed_transfer_costs_its_actor_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(bench: Bench) -> None:
         await bench.pool.publish(weights(1))
-        bench.actors[0].fail = TransferError("digest 1, need 2")
+        bench.actors[0].fail = task_error(TransferError("digest 1, need 2"))
         await bench.pool.publish(weights(2))
         assert bench.actors[1].received[-1].manifest.version == 2
         await bench.all_serve(2)
@@ -164,10 +166,36 @@ def test_a_learner_that_only_could_not_send_stays(monkeypatch: pytest.MonkeyPatc
     async def test(bench: Bench) -> None:
         bench.learner.error = TransferError("aborted")
         for actor in bench.actors:
-            actor.fail = TransferError("aborted")
+            actor.fail = task_error(TransferError("aborted"))
         await bench.pool.publish(weights(1))
         await bench.all_serve(1)
         assert [actor.fetched for actor in bench.actors] == [[], [], [1], [1]]
+
+    run(test, monkeypatch)
+
+
+@pytest.mark.parametrize("death", [ActorDiedError(), None])
+def test_those_that_one_death_takes_along_are_not_charged(
+    death: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broadcast that fails costs one restart of the two in the budget, however many engines there are."""
+
+    async def test(bench: Bench) -> None:
+        bench.pool.resize(12)
+        await bench.all_serve(0)
+        bench.learner.error = TransferError("aborted")
+        for actor in bench.actors:
+            actor.fail = task_error(TransferError("aborted"))
+        bench.actors[7].fail = death or bench.actors[7].fail
+        await bench.pool.publish(weights(1))
+        await bench.all_serve(1)
+        bench.pool.raise_if_broken()
+        assert bench.pool.counts == {"lost/transfer": 12, "restarts": 12}
+        bench.pool.lose(bench.pool.members[0], "it died", "died")
+        bench.pool.raise_if_broken()
+        bench.pool.lose(bench.pool.members[1], "it died", "died")
+        with pytest.raises(PoolExhausted):
+            bench.pool.raise_if_broken()
 
     run(test, monkeypatch)
 

@@ -6,7 +6,13 @@ import asyncio
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, ObjectReconstructionFailedError, OutOfDiskError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ObjectReconstructionFailedError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayTaskError,
+)
 
 from orchestration import pools
 from orchestration.failures import ActorLost, DeadlineExceeded, GroupFailed, InputLost, PoolExhausted
@@ -26,6 +32,7 @@ def task_error(cause: Exception) -> BaseException:
     ("error", "raised", "replaced"),
     [
         (ActorDiedError(), ActorLost, 1),
+        (OutOfMemoryError("killed by the memory monitor"), ActorLost, 1),
         (task_error(RuntimeError("broken engine")), ActorLost, 1),
         (task_error(ObjectReconstructionFailedError("00" * 28, "address", "site")), InputLost, 0),
         (task_error(WeightError("shard 0: checksum 1, need 2")), InputLost, 0),

@@ -277,17 +277,20 @@ def test_another_server_gets_the_whole_history(server: FakeMlflow, tmp_path: Pat
     other.stop()
 
 
-def test_wrong_credentials_are_reported_once_and_not_tried_for_ever(
-    server: FakeMlflow, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("rejected", [None, "runs/create"])
+def test_what_refuses_a_run_is_reported_once_and_not_tried_for_ever(
+    rejected: str | None, server: FakeMlflow, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server.mode = "401"
+    """Wrong credentials, or an experiment that somebody deleted."""
+    server.mode, server.rejected_calls = ("ok", {rejected}) if rejected else ("401", set())
     tracker = open_tracker(tmp_path / "run", server)
     wait_until(lambda: "MLflow refuses this run" in caplog.text, "the report")
+    requests = server.requests
     log_steps(tracker, range(1, 50))
     time.sleep(0.3)
     tracker.close("FINISHED")
-    assert server.requests == 1
-    assert caplog.text.count("MLflow refuses this run") == 1
+    assert server.requests == requests
+    assert caplog.text.count("MLflow refuses this run") == 1 and "in time" not in caplog.text
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 49
 
 
@@ -405,6 +408,8 @@ class MoodySink:
         mood = self.moods.pop(0) if self.moods else "fine"
         if mood == "fails":
             raise SinkUnavailable("moody")
+        if mood == "breaks":
+            raise OSError("metrics.jsonl: input/output error")
         if mood == "rejects":
             raise SinkRejected("moody")
         return mood
@@ -412,7 +417,7 @@ class MoodySink:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    moods=st.lists(st.sampled_from(["fine", "fails", "accepts, then fails"]), max_size=8),
+    moods=st.lists(st.sampled_from(["fine", "fails", "breaks", "accepts, then fails"]), max_size=8),
     stop=st.integers(1, 30),
     lines=st.integers(1, 7),
 )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from orchestration import train
+from orchestration.config import ConfigError
 from orchestration.groups_log import GroupsLog
 from orchestration.run_state import RunDirectory, RunState
 from orchestration.step_metrics import StepMetrics
@@ -84,6 +85,10 @@ def test_a_resumed_attempt_takes_tracking_back_and_its_checkpoints_hold_it(
     assert again.tracker.attempt == 2 and again.state is not None and again.state.step == 1
     for attempt in (first, again):
         attempt.tracker.close("KILLED")
+    resolved.train = prompt_set("a", "c")
+    with pytest.raises(ConfigError, match="training data"):  # before the pools, and before tracking counts an attempt
+        train.TrainingRun(resolved, RunDirectory(config.run_dir), StopSignals(), resume=True)
+    assert json.loads((directory.path / "tracking.json").read_text())["attempt"] == 2
 
 
 @pytest.mark.parametrize("dies", [True, False])
