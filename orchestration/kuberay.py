@@ -22,22 +22,26 @@ from typing import Any, Literal
 import yaml
 
 from orchestration.config import Config, ConfigError, dump_config
+from orchestration.kuberay_manifest import Manifest
+from orchestration.kuberay_names import OBJECT_NAME, SHORT_NAME, is_object_name, is_short_name
+from orchestration.kuberay_shutdown import (
+    DRAIN_VARIABLE,
+    HEAD_DRAIN_S,
+    STOP_SCRIPT,
+    STOP_WAIT_VARIABLE,
+    ShutdownDeadlines,
+    shutdown_deadlines,
+)
 
 RAY_VERSION = "2.60.0"
-GRACE_S = 120
-"""Pod grace; must exceed the drain of workers, and the stop of jobs plus the drain of the head."""
-WORKER_DRAIN_S = 90
-HEAD_STOP_S = 75
-"""What the head's preStop may take: the job's stop wait and a margin."""
-HEAD_DRAIN_S = 30
-JOB_STOP_WAIT_S = 60
 VERIFIERS_PER_POD = 8
 NAME_LIMIT = 40
 """Seven under KubeRay's limit for RayJob: the ConfigMap and NetworkPolicy add a suffix."""
 CONFIG_DIR = "/etc/softgrpo"
 POOLS = ("learner", "rollout", "verifier")
 """Order of the worker groups; overlays address them by index and test the name."""
-Manifest = dict[str, Any]
+ROLLOUT_CEILING = 16
+"""Pods up to which the rollout group may grow; counts with the overlay `autoscaling` only."""
 
 
 @dataclass(frozen=True)
@@ -75,26 +79,37 @@ class PodSize:
 
 def render(config: Config, shape: ClusterShape) -> list[Manifest]:
     """All documents, in the order in which to apply them. Raises `ConfigError` where pods cannot express the pools."""
-    if not PurePosixPath(shape.mount).is_absolute():
-        raise ConfigError(f"--mount {shape.mount}: give an absolute path")
+    _check_options(shape)
     name = kubernetes_name(config.name)
     sizes = pod_sizes(config, shape)
     if shape.image is None:
         shape = replace(shape, image="softgrpo:cuda" if any(size.gpus for size in sizes) else shape.verifier_image)
-    cluster = _ray_cluster_spec(sizes, shape, name)
+    stop = shutdown_deadlines(config)
+    cluster = _ray_cluster_spec(sizes, shape, name, stop)
     metadata = _metadata(name, shape)
     settings: Manifest = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _metadata(f"{name}-config", shape, name),
-        "data": {"config.yaml": dump_config(_on_shared_volume(config, shape)), "stop_jobs.py": _stop_script()},
+        "data": {"config.yaml": dump_config(_on_shared_volume(config, shape)), STOP_SCRIPT: _stop_script()},
     }
     if shape.kind == "RayCluster":
         workload: Manifest = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": metadata, "spec": cluster}
     else:
-        spec = {**_job_spec(config, shape, name), "rayClusterSpec": cluster}
+        spec = {**_job_spec(config, shape, name, stop), "rayClusterSpec": cluster}
         workload = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": spec}
     return [settings, _network_policy(name, shape), workload]
+
+
+def _check_options(shape: ClusterShape) -> None:
+    if not PurePosixPath(shape.mount).is_absolute():
+        raise ConfigError(f"--mount {shape.mount}: give an absolute path")
+    if shape.namespace is not None and not is_short_name(shape.namespace):
+        raise ConfigError(f"--namespace {shape.namespace!r}: must be {SHORT_NAME}")
+    if not is_object_name(shape.claim):
+        raise ConfigError(f"--claim {shape.claim!r}: must be {OBJECT_NAME}")
+    if shape.deadline_s <= 0:
+        raise ConfigError(f"--deadline-s {shape.deadline_s}: must be positive; it counts for all retries together")
 
 
 def to_yaml(documents: list[Manifest]) -> str:
@@ -104,11 +119,11 @@ def to_yaml(documents: list[Manifest]) -> str:
 
 
 def kubernetes_name(name: str) -> str:
-    """The run name as a DNS-1035 label; a name that must be cut keeps a digest, so two runs never share one."""
+    """The run name as a DNS-1035 label; one that is not such a label gets a digest, so two runs never share one."""
     label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if not label[:1].isalpha():
         label = f"run-{label}".rstrip("-")
-    if len(label) <= NAME_LIMIT:
+    if label == name and len(label) <= NAME_LIMIT:
         return label
     return f"{label[: NAME_LIMIT - 7].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
@@ -183,10 +198,10 @@ def _on_shared_volume(config: Config, shape: ClusterShape) -> Config:
     return config.model_copy(update={"output_dir": str(directory)})
 
 
-def _job_spec(config: Config, shape: ClusterShape, name: str) -> Manifest:
+def _job_spec(config: Config, shape: ClusterShape, name: str, stop: ShutdownDeadlines) -> Manifest:
     environment = {
         "working_dir": shape.working_dir or f"file://{shape.mount}/code.zip",
-        "env_vars": {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_WAIT_S)},
+        "env_vars": {"PYTHONUNBUFFERED": "1", STOP_WAIT_VARIABLE: str(stop.job_stop_wait_s)},
         "config": {"setup_timeout_seconds": 600},
     }
     return {
@@ -200,7 +215,7 @@ def _job_spec(config: Config, shape: ClusterShape, name: str) -> Manifest:
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 600,
         "submitterConfig": {"backoffLimit": 2},
-        "submitterPodTemplate": _submitter(shape, name),
+        "submitterPodTemplate": _submitter(shape, name, stop),
     }
 
 
@@ -209,40 +224,40 @@ def config_digest(config: Config) -> str:
     return hashlib.sha256(dump_config(config).encode()).hexdigest()[:12]
 
 
-def _ray_cluster_spec(sizes: list[PodSize], shape: ClusterShape, name: str) -> Manifest:
+def _ray_cluster_spec(sizes: list[PodSize], shape: ClusterShape, name: str, stop: ShutdownDeadlines) -> Manifest:
     return {
         "rayVersion": RAY_VERSION,
         "authOptions": {"mode": "token"},
         "headGroupSpec": {
             "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
-            "template": _head(shape, name),
+            "template": _head(shape, name, stop),
         },
-        "workerGroupSpecs": [_worker_group(size, shape, name) for size in sizes],
+        "workerGroupSpecs": [_worker_group(size, shape, name, stop) for size in sizes],
     }
 
 
-def _worker_group(size: PodSize, shape: ClusterShape, name: str) -> Manifest:
+def _worker_group(size: PodSize, shape: ClusterShape, name: str, stop: ShutdownDeadlines) -> Manifest:
     image = shape.verifier_image if size.pool == "verifier" else shape.image
     resources = _resources(size.cpus, size.memory, size.gpus)
-    container = _container("ray-worker", image, resources, shape, WORKER_DRAIN_S)
+    container = _container("ray-worker", image, resources, shape, stop.worker_drain_s)
     container["livenessProbe"] = _probe(52365, "/api/local_raylet_healthz", period_s=10, failures=60)
     container["readinessProbe"] = _probe(52365, "/api/local_raylet_healthz", period_s=5, failures=10)
     if size.pool == "verifier":
         container["volumeMounts"][0]["readOnly"] = True  # it needs the code archive and judges untrusted text
-    template = _pod(container, shape, name, size.pool)
+    template = _pod(container, shape, name, size.pool, stop)
     template["spec"] |= {"nodeSelector": {}, "tolerations": []}  # overlays append to them
     return {
         "groupName": size.pool,
         "replicas": size.replicas,
         "minReplicas": size.replicas,
-        "maxReplicas": size.replicas,
+        "maxReplicas": max(size.replicas, ROLLOUT_CEILING) if size.pool == "rollout" else size.replicas,
         "labels": {"rl/pool": size.pool},
         "rayStartParams": {},
         "template": template,
     }
 
 
-def _head(shape: ClusterShape, name: str) -> Manifest:
+def _head(shape: ClusterShape, name: str, stop: ShutdownDeadlines) -> Manifest:
     memory = shape.memory.get("head", "16Gi")
     container = _container("ray-head", shape.image, _resources(4, memory, 0), shape, HEAD_DRAIN_S)
     container["envFrom"] = []  # overlays append secrets that only the driver needs
@@ -252,24 +267,24 @@ def _head(shape: ClusterShape, name: str) -> Manifest:
         {"name": "client", "containerPort": 10001},
         {"name": "metrics", "containerPort": 8080},
     ]
-    stop = ["python", f"{CONFIG_DIR}/stop_jobs.py", "http://127.0.0.1:8265", str(HEAD_STOP_S)]
-    container["lifecycle"] = {"preStop": {"exec": {"command": stop}}}
+    command = ["python", f"{CONFIG_DIR}/{STOP_SCRIPT}", "http://127.0.0.1:8265", str(stop.head_stop_s)]
+    container["lifecycle"] = {"preStop": {"exec": {"command": command}}}
     container["livenessProbe"] = _probe(52365, "/api/local_raylet_healthz", period_s=10, failures=60)
     container["readinessProbe"] = _probe(8265, "/api/gcs_healthz", period_s=5, failures=10)
     container["volumeMounts"].append({"name": "config", "mountPath": CONFIG_DIR, "readOnly": True})
-    template = _pod(container, shape, name, "head")
+    template = _pod(container, shape, name, "head", stop)
     template["spec"]["volumes"].append({"name": "config", "configMap": {"name": f"{name}-config"}})
     return template
 
 
-def _submitter(shape: ClusterShape, name: str) -> Manifest:
+def _submitter(shape: ClusterShape, name: str, stop: ShutdownDeadlines) -> Manifest:
     container = {
         "name": "ray-job-submitter",
         "image": shape.image,
         "resources": {"requests": {"cpu": "500m", "memory": "512Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}},
         "securityContext": _container_security(),
     }
-    template = _pod(container, shape, name, "submitter")
+    template = _pod(container, shape, name, "submitter", stop)
     template["spec"]["restartPolicy"] = "Never"
     template["spec"]["volumes"] = []
     return template
@@ -280,7 +295,7 @@ def _container(name: str, image: str | None, resources: Manifest, shape: Cluster
         "name": name,
         "image": image,
         "env": [
-            {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": str(drain_s)},
+            {"name": DRAIN_VARIABLE, "value": str(drain_s)},
             {"name": "RAY_LOGGING_CONFIG_ENCODING", "value": "JSON"},
             {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
             {"name": "VLLM_NO_USAGE_STATS", "value": "1"},
@@ -292,11 +307,11 @@ def _container(name: str, image: str | None, resources: Manifest, shape: Cluster
     }
 
 
-def _pod(container: Manifest, shape: ClusterShape, name: str, pool: str) -> Manifest:
+def _pod(container: Manifest, shape: ClusterShape, name: str, pool: str, stop: ShutdownDeadlines) -> Manifest:
     return {
         "metadata": {"labels": {**_labels(name), "softgrpo/pool": pool}},
         "spec": {
-            "terminationGracePeriodSeconds": GRACE_S,
+            "terminationGracePeriodSeconds": stop.pod_grace_s,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "securityContext": {

@@ -10,9 +10,11 @@ from typing import Any
 
 import yaml
 
+from orchestration import strict_yaml
 from orchestration.config import ConfigError, load_config
 from orchestration.kuberay import POOLS, ClusterShape, render, to_yaml
 from orchestration.kuberay_fields import KINDS
+from orchestration.kuberay_names import object_is_named
 from orchestration.kuberay_overlay import apply_overlay, overlay_names, write_base
 from orchestration.kuberay_rules import ADVICE, OPERATOR_RULES
 from orchestration.kuberay_schema import (
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 def validate_text(text: str, nodes: Mapping[str, Node], source: str) -> tuple[list[Problem], list[Problem], str]:
     """(problems, advice, oldest KubeRay release that knows every field) of a multi-document YAML text."""
     try:
-        documents = [document for document in yaml.safe_load_all(text) if document is not None]
+        documents = [document for document in strict_yaml.load_all(text) if document is not None]
     except yaml.YAMLError as error:
         return [Problem(source, f"not YAML: {error}")], [], ""
     if not documents:
@@ -55,6 +57,8 @@ def validate_text(text: str, nodes: Mapping[str, Node], source: str) -> tuple[li
     for number, document in enumerate(documents, start=1):
         name = _document_name(document, number)
         faults = list(_structure(document, nodes))
+        if not faults:
+            faults = list(object_is_named(document))
         if not faults and document["kind"] in RAY_KINDS:
             faults = [problem for rule in OPERATOR_RULES for problem in rule(document)]
             advice += [Problem(f"{name}: {p.path}", p.message) for rule in ADVICE for p in rule(document)]
@@ -68,7 +72,7 @@ def _structure(document: Any, nodes: Mapping[str, Node]) -> Iterator[Problem]:
         yield Problem("document", "expected keys and values")
         return
     kind, version = document.get("kind"), document.get("apiVersion")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         yield Problem("kind", f"{kind!r} is not one of {', '.join(KINDS)}")
         return
     if version != KINDS[kind][0]:
@@ -109,16 +113,18 @@ def _validate(namespace: argparse.Namespace) -> int:
 
 def _render(namespace: argparse.Namespace) -> int:
     config = load_config(namespace.config, namespace.overrides)
-    documents = render(config, _shape(namespace))
+    shape = _shape(namespace)
+    base = render(config, shape)
+    documents = base
+    for name in namespace.overlay:
+        documents = apply_overlay(documents, name, shape)
     problems, _, _ = validate_text(to_yaml(documents), compact_nodes(), str(namespace.config))
     if problems:
         raise ConfigError("\n".join(map(str, problems)))
     if namespace.output:
-        write_base(documents, namespace.output, namespace.overlay)
+        write_base(base, namespace.output, namespace.overlay, shape)
         print(f"wrote {namespace.output}; apply it with: kubectl apply -k {namespace.output}", file=sys.stderr)
         return EXIT_DONE
-    for name in namespace.overlay:
-        documents = apply_overlay(documents, name)
     sys.stdout.write(to_yaml(documents))
     return EXIT_DONE
 

@@ -1,18 +1,29 @@
-"""Rules of the KubeRay operator that no schema expresses, and the order of our own shutdown deadlines.
+"""Rules of the KubeRay operator that no schema expresses.
 
 Each rule is a generator over one manifest. `OPERATOR_RULES` are what the operator (v1.5 to v1.7, `validation.go`)
-refuses: the API server would take the manifest and it would never run. `ADVICE` is what it accepts and we would regret.
+refuses, or changes in silence: the API server would take the manifest and it would never run as written. `ADVICE` is
+what it accepts and we would regret.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import yaml
-
+from orchestration.kuberay_manifest import (
+    Manifest,
+    cluster_spec,
+    groups,
+    head_environment,
+    job_spec,
+    metadata_of,
+    pods,
+    runtime_environment,
+    worker_groups,
+)
+from orchestration.kuberay_names import claims_are_named
 from orchestration.kuberay_schema import Problem
+from orchestration.kuberay_shutdown import shutdown_deadlines_are_ordered
 
 DNS_1035 = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
 NAME_LIMITS = {"RayJob": 47, "RayCluster": 53}
@@ -22,13 +33,12 @@ FT_ANNOTATIONS = ("ray.io/ft-enabled", "ray.io/external-storage-namespace")
 KUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
 OLDEST_RAY_WITH_TOKENS = (2, 52)
-Manifest = dict[str, Any]
 Rule = Callable[[Manifest], Iterator[Problem]]
 
 
 def name_is_short_dns_label(manifest: Manifest) -> Iterator[Problem]:
     """Rule 1: names become parts of Service and Pod names."""
-    name, limit = _metadata(manifest).get("name") or "", NAME_LIMITS[manifest["kind"]]
+    name, limit = metadata_of(manifest).get("name") or "", NAME_LIMITS[manifest["kind"]]
     if len(name) > limit:
         yield Problem("metadata.name", f"{name!r} has {len(name)} characters; at most {limit} are allowed")
     if not DNS_1035.match(name):
@@ -41,8 +51,8 @@ def suspension_needs_shutdown(manifest: Manifest) -> Iterator[Problem]:
     """Rule 2: suspending (and Kueue, which suspends) deletes the cluster, so the job must own it."""
     if manifest["kind"] != "RayJob":
         return
-    spec = _spec(manifest)
-    queued = KUEUE_LABEL in (_metadata(manifest).get("labels") or {})
+    spec = job_spec(manifest)
+    queued = KUEUE_LABEL in (metadata_of(manifest).get("labels") or {})
     if not spec.get("suspend") and not queued:
         return
     why = "spec.suspend" if spec.get("suspend") else f"label {KUEUE_LABEL}"
@@ -54,7 +64,7 @@ def suspension_needs_shutdown(manifest: Manifest) -> Iterator[Problem]:
 
 def deletion_rules_stand_alone(manifest: Manifest) -> Iterator[Problem]:
     """Rule 3: deletion rules exclude the older ways of cleaning up, and must be consistent among themselves."""
-    spec = _spec(manifest)
+    spec = job_spec(manifest)
     strategy = spec.get("deletionStrategy")
     if strategy is None:
         return
@@ -102,7 +112,7 @@ def _rule_conditions(rules: list[Manifest], path: str) -> Iterator[Problem]:
 
 def ttl_needs_shutdown(manifest: Manifest) -> Iterator[Problem]:
     """Rule 4: a time to live without anything to delete."""
-    spec = _spec(manifest)
+    spec = job_spec(manifest)
     delay = spec.get("ttlSecondsAfterFinished") or 0
     if delay < 0:
         yield Problem("spec.ttlSecondsAfterFinished", f"{delay} is negative")
@@ -114,7 +124,7 @@ def submission_mode_allows_it(manifest: Manifest) -> Iterator[Problem]:
     """Rule 5: what InteractiveMode, SidecarMode and clusterSelector exclude."""
     if manifest["kind"] != "RayJob":
         return
-    spec = _spec(manifest)
+    spec = job_spec(manifest)
     mode, selected, backoff = spec.get("submissionMode"), spec.get("clusterSelector"), spec.get("backoffLimit") or 0
     if mode not in (None, "", "K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"):
         yield Problem("spec.submissionMode", f"{mode!r} is not K8sJobMode, HTTPMode, InteractiveMode or SidecarMode")
@@ -124,24 +134,25 @@ def submission_mode_allows_it(manifest: Manifest) -> Iterator[Problem]:
         yield Problem("spec.backoffLimit", "cannot be combined with clusterSelector: a retry makes a new cluster")
     if backoff > 0 and mode == "InteractiveMode":
         yield Problem("spec.backoffLimit", "cannot be combined with InteractiveMode")
-    if (spec.get("activeDeadlineSeconds") or 1) <= 0:
-        yield Problem("spec.activeDeadlineSeconds", "must be positive")
+    for name in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
+        if spec.get(name) is not None and spec[name] <= 0:
+            yield Problem(f"spec.{name}", f"{spec[name]} must be positive")
     if not selected and not spec.get("rayClusterSpec"):
         yield Problem("spec.rayClusterSpec", "required, but missing (or give clusterSelector)")
     if mode == "SidecarMode":
         for name in ("clusterSelector", "submitterPodTemplate", "submitterConfig"):
             if spec.get(name):
                 yield Problem(f"spec.{name}", "cannot be combined with SidecarMode; remove it")
-        for path, pod in _pods(manifest):
+        for path, pod in pods(manifest):
             if "headGroupSpec" in path and pod.get("restartPolicy") not in (None, "", "Never"):
                 yield Problem(f"{path}.restartPolicy", "must be Never or absent with SidecarMode")
 
 
 def autoscaler_v2_owns_restarts(manifest: Manifest) -> Iterator[Problem]:
     """Rule 6: the autoscaler v2 replaces pods itself."""
-    cluster, path = _cluster(manifest)
+    cluster, path = cluster_spec(manifest)
     options, enabled = cluster.get("autoscalerOptions") or {}, bool(cluster.get("enableInTreeAutoscaling"))
-    env_path, variables = f"{path}.headGroupSpec.env", _head_environment(cluster)
+    env_path, variables = f"{path}.headGroupSpec.env", head_environment(cluster)
     by_variable = str(variables.get("RAY_enable_autoscaler_v2", "")).lower() in ("1", "true")
     if options.get("version") == "v2" and not enabled:
         yield Problem(f"{path}.autoscalerOptions.version", "v2 needs enableInTreeAutoscaling: true")
@@ -150,7 +161,7 @@ def autoscaler_v2_owns_restarts(manifest: Manifest) -> Iterator[Problem]:
     if options.get("version") and "RAY_enable_autoscaler_v2" in variables:
         yield Problem(env_path, "RAY_enable_autoscaler_v2 and autoscalerOptions.version are both set; keep the latter")
     if enabled and (options.get("version") == "v2" or by_variable):
-        for pod_path, pod in _pods(manifest):
+        for pod_path, pod in pods(manifest):
             if pod.get("restartPolicy") not in (None, "", "Never"):
                 yield Problem(f"{pod_path}.restartPolicy", "must be Never or absent with autoscaler v2")
     for index, group in enumerate(cluster.get("workerGroupSpecs") or []):
@@ -160,7 +171,7 @@ def autoscaler_v2_owns_restarts(manifest: Manifest) -> Iterator[Problem]:
 
 def resources_and_labels_stand_once(manifest: Manifest) -> Iterator[Problem]:
     """Rule 7: resources either in rayStartParams or at group level; labels only at group level."""
-    for path, group in _groups(manifest):
+    for path, group in groups(manifest):
         params = group.get("rayStartParams") or {}
         doubled = [name for name in START_RESOURCES if params.get(name)]
         if doubled and group.get("resources"):
@@ -175,10 +186,10 @@ def resources_and_labels_stand_once(manifest: Manifest) -> Iterator[Problem]:
 
 def fault_tolerance_is_configured_once(manifest: Manifest) -> Iterator[Problem]:
     """Rule 8: gcsFaultToleranceOptions exclude the annotation, the variables and the start parameters before them."""
-    cluster, path = _cluster(manifest)
+    cluster, path = cluster_spec(manifest)
     head = cluster.get("headGroupSpec") or {}
-    params, variables = head.get("rayStartParams") or {}, _head_environment(cluster)
-    annotations = _metadata(manifest).get("annotations") or {}
+    params, variables = head.get("rayStartParams") or {}, head_environment(cluster)
+    annotations = metadata_of(manifest).get("annotations") or {}
     if params.get("redis-username") or "REDIS_USERNAME" in variables:
         yield Problem(f"{path}.headGroupSpec", "set gcsFaultToleranceOptions.redisUsername instead of REDIS_USERNAME")
     if not cluster.get("gcsFaultToleranceOptions"):
@@ -194,7 +205,7 @@ def fault_tolerance_is_configured_once(manifest: Manifest) -> Iterator[Problem]:
 
 def token_auth_is_possible(manifest: Manifest) -> Iterator[Problem]:
     """Rule 9: Kubernetes-delegated tokens only for RayCluster; plain tokens need a stated Ray of 2.52 or newer."""
-    cluster, path = _cluster(manifest)
+    cluster, path = cluster_spec(manifest)
     auth = cluster.get("authOptions") or {}
     if manifest["kind"] == "RayJob" and auth.get("enableK8sTokenAuth"):
         yield Problem(f"{path}.authOptions.enableK8sTokenAuth", "refused for RayJob; use plain mode: token")
@@ -209,25 +220,32 @@ def token_auth_is_possible(manifest: Manifest) -> Iterator[Problem]:
 
 def environment_is_yaml(manifest: Manifest) -> Iterator[Problem]:
     """The runtime environment travels as a string; a broken one fails only when the job is submitted."""
-    text = _spec(manifest).get("runtimeEnvYAML")
-    if not isinstance(text, str):
-        return
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        yield Problem("spec.runtimeEnvYAML", f"not YAML: {error}")
+        variables = runtime_environment(manifest).get("env_vars") or {}
+    except ValueError as error:
+        yield Problem("spec.runtimeEnvYAML", str(error))
         return
-    if not isinstance(tree, dict | None):
-        yield Problem("spec.runtimeEnvYAML", f"expected keys and values, found {type(tree).__name__}")
-        return
-    for name, value in ((tree or {}).get("env_vars") or {}).items():
+    for name, value in variables.items():
         if not isinstance(value, str):
             yield Problem(f"spec.runtimeEnvYAML.env_vars.{name}", f"{value!r} must be a string; quote it")
 
 
+def replicas_are_within_bounds(manifest: Manifest) -> Iterator[Problem]:
+    """The operator starts minReplicas or maxReplicas pods instead of a number outside of them, and says nothing."""
+    for path, group in worker_groups(manifest):
+        least, most, wanted = group["minReplicas"], group["maxReplicas"], group.get("replicas")
+        for name in ("minReplicas", "maxReplicas", "replicas"):
+            if (group.get(name) or 0) < 0:
+                yield Problem(f"{path}.{name}", f"{group[name]} is negative")
+        if least > most:
+            yield Problem(f"{path}.minReplicas", f"{least} is more than maxReplicas {most}")
+        elif wanted is not None and not least <= wanted <= most:
+            yield Problem(f"{path}.replicas", f"{wanted} is not from minReplicas {least} to maxReplicas {most}")
+
+
 def every_group_has_a_container(manifest: Manifest) -> Iterator[Problem]:
     """The operator refuses a group without containers."""
-    for path, pod in _pods(manifest):
+    for path, pod in pods(manifest):
         if not pod.get("containers"):
             yield Problem(f"{path}.containers", "at least one container is needed")
 
@@ -243,41 +261,25 @@ OPERATOR_RULES: tuple[Rule, ...] = (
     fault_tolerance_is_configured_once,
     token_auth_is_possible,
     environment_is_yaml,
+    replicas_are_within_bounds,
     every_group_has_a_container,
+    claims_are_named,
 )
 
 
 def head_runs_no_work(manifest: Manifest) -> Iterator[Problem]:
     """Actors on the head share memory with the control plane: the usual cause of a lost cluster."""
-    cluster, path = _cluster(manifest)
+    cluster, path = cluster_spec(manifest)
     head = cluster.get("headGroupSpec") or {}
     asked = (head.get("rayStartParams") or {}).get("num-cpus") or (head.get("resources") or {}).get("CPU")
     if cluster and asked != "0":
         yield Problem(f"{path}.headGroupSpec.rayStartParams", 'set num-cpus: "0" so that no actor lands on the head')
 
 
-def shutdown_deadlines_are_ordered(manifest: Manifest) -> Iterator[Problem]:
-    """Pod grace > Ray's drain > job stop wait: otherwise the pod is killed while the last checkpoint is written."""
-    stop_wait = _stop_wait_s(manifest)
-    for path, pod in _pods(manifest):
-        grace = pod.get("terminationGracePeriodSeconds")
-        variables = _environment(pod)
-        if grace is None:
-            yield Problem(f"{path}.terminationGracePeriodSeconds", "30 s by default; 120 leaves time to checkpoint")
-            continue
-        drain = variables.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
-        if drain is not None and str(drain).isdigit() and int(drain) >= grace:
-            yield Problem(f"{path}.terminationGracePeriodSeconds", f"{grace} s end before the drain of {drain} s")
-        if stop_wait is not None and grace <= stop_wait:
-            yield Problem(
-                f"{path}.terminationGracePeriodSeconds", f"{grace} s end before the stop wait of {stop_wait} s"
-            )
-
-
 def image_fits_ray_version(manifest: Manifest) -> Iterator[Problem]:
     """Ray of the image, of the head and of the client must be one version."""
-    cluster, path = _cluster(manifest)
-    images = {c.get("image", "") for _, pod in _pods(manifest) for c in (pod.get("containers") or [])[:1]}
+    cluster, path = cluster_spec(manifest)
+    images = {c.get("image", "") for _, pod in pods(manifest) for c in (pod.get("containers") or [])[:1]}
     for image in sorted(filter(None, images)):
         tagged = re.search(r"(?:^|/)ray[a-z-]*:(\d+\.\d+\.\d+)", image)
         if tagged and tagged[1] != str(cluster.get("rayVersion")):
@@ -286,8 +288,8 @@ def image_fits_ray_version(manifest: Manifest) -> Iterator[Problem]:
 
 def kueue_counts_fixed_replicas(manifest: Manifest) -> Iterator[Problem]:
     """Kueue admits the declared size as a gang; in-tree autoscaling needs its newer elastic jobs."""
-    cluster, path = _cluster(manifest)
-    if KUEUE_LABEL in (_metadata(manifest).get("labels") or {}) and cluster.get("enableInTreeAutoscaling"):
+    cluster, path = cluster_spec(manifest)
+    if KUEUE_LABEL in (metadata_of(manifest).get("labels") or {}) and cluster.get("enableInTreeAutoscaling"):
         yield Problem(f"{path}.enableInTreeAutoscaling", "Kueue refuses it unless its elastic jobs are enabled")
 
 
@@ -297,51 +299,3 @@ ADVICE: tuple[Rule, ...] = (
     image_fits_ray_version,
     kueue_counts_fixed_replicas,
 )
-
-
-def _metadata(manifest: Manifest) -> Manifest:
-    return manifest.get("metadata") or {}
-
-
-def _spec(manifest: Manifest) -> Manifest:
-    return (manifest.get("spec") or {}) if manifest["kind"] == "RayJob" else {}
-
-
-def _cluster(manifest: Manifest) -> tuple[Manifest, str]:
-    """The RayClusterSpec and its path; empty for a job that selects an existing cluster."""
-    spec = manifest.get("spec") or {}
-    if manifest["kind"] == "RayCluster":
-        return spec, "spec"
-    return spec.get("rayClusterSpec") or {}, "spec.rayClusterSpec"
-
-
-def _groups(manifest: Manifest) -> Iterator[tuple[str, Manifest]]:
-    cluster, path = _cluster(manifest)
-    if cluster.get("headGroupSpec"):
-        yield f"{path}.headGroupSpec", cluster["headGroupSpec"]
-    for index, group in enumerate(cluster.get("workerGroupSpecs") or []):
-        yield f"{path}.workerGroupSpecs[{index}]", group
-
-
-def _pods(manifest: Manifest) -> Iterator[tuple[str, Manifest]]:
-    for path, group in _groups(manifest):
-        yield f"{path}.template.spec", (group.get("template") or {}).get("spec") or {}
-
-
-def _environment(pod: Manifest) -> Manifest:
-    containers = pod.get("containers") or [{}]
-    return {entry.get("name"): entry.get("value", "") for entry in containers[0].get("env") or []}
-
-
-def _head_environment(cluster: Manifest) -> Manifest:
-    return _environment(((cluster.get("headGroupSpec") or {}).get("template") or {}).get("spec") or {})
-
-
-def _stop_wait_s(manifest: Manifest) -> int | None:
-    text = _spec(manifest).get("runtimeEnvYAML")
-    try:
-        tree = yaml.safe_load(text) if isinstance(text, str) else None
-    except yaml.YAMLError:
-        return None
-    wait = ((tree or {}).get("env_vars") or {}).get("RAY_JOB_STOP_WAIT_TIME_S") if isinstance(tree, dict) else None
-    return int(str(wait)) if str(wait).isdigit() else None

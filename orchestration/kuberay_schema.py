@@ -61,7 +61,7 @@ class Node:
 
 
 def check(node: Node, value: Any, path: str) -> Iterator[Problem]:
-    """Yield every place where `value` does not fit `node`; null counts as absent, as in the API server."""
+    """Yield every place where `value` does not fit `node`; null of a field counts as absent, as in the API server."""
     if node.kind == "any" or value is None:
         return
     if node.kind == "object":
@@ -80,7 +80,9 @@ def check(node: Node, value: Any, path: str) -> Iterator[Problem]:
             yield Problem(path, f"expected a list, found {_describe(value)}")
             return
         for index, child in enumerate(value):
-            if node.item:
+            if child is None:
+                yield Problem(f"{path}[{index}]", "is empty; remove it")
+            elif node.item:
                 yield from check(node.item, child, f"{path}[{index}]")
     else:
         yield from _check_scalar(node, value, path)
@@ -116,6 +118,8 @@ def _check_scalar(node: Node, value: Any, path: str) -> Iterator[Problem]:
         yield Problem(path, f"expected {_article(node.kind)}, found {_describe(value)}{quote}")
     elif node.kind == "quantity" and not QUANTITY.match(str(value)):
         yield Problem(path, f"{value!r} is not a quantity such as 2, 500m or 16Gi")
+    elif node.kind == "quantity" and str(value).startswith("-"):
+        yield Problem(path, f"{value!r} is negative; every quantity here is an amount of a resource")
     elif node.choices and value not in node.choices:
         yield Problem(path, f"{value!r} is not one of {', '.join(node.choices)}")
 

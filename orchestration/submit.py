@@ -30,7 +30,9 @@ from orchestration import preflight
 from orchestration.code_package import WARN_ABOVE, build_package
 from orchestration.config import Config, ConfigError, dump_config, load_config
 from orchestration.kuberay import config_digest
+from orchestration.kuberay_shutdown import STOP_WAIT_VARIABLE, job_stop_wait_s
 from orchestration.redaction import SECRET_NAME
+from orchestration.validate import require_trainable
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -40,7 +42,6 @@ logger = logging.getLogger(__name__)
 EXIT_DONE, EXIT_ERROR, EXIT_CONFIG, EXIT_STOPPED, EXIT_DETACHED = 0, 1, 2, 75, 130
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 SUBMITTED_CONFIG = "submitted.yaml"
-MIN_STOP_WAIT_S = 60
 CONNECT_DEADLINE_S = 5.0
 REQUEST_DEADLINE_S = 60.0
 LOST_AFTER_S = 120.0
@@ -104,6 +105,7 @@ def plan_submission(
     config: Config, *, resume: bool, entrypoint: str | None, env_vars: Mapping[str, str], working_dir: Path
 ) -> Submission:
     """Check what a submitted job needs beyond a valid recipe. Raises `ConfigError`."""
+    require_trainable(config)
     if not config.output_dir or not Path(config.output_dir).is_absolute():
         raise ConfigError(
             f"output_dir={config.output_dir}: a job's working directory vanishes with its node; set an absolute path "
@@ -116,12 +118,10 @@ def plan_submission(
             raise ConfigError(f"--working-dir {working_dir}: is not a clone of softgrpo (orchestration/ is missing)")
         command = ["python", "-m", "orchestration", "train", "--config", SUBMITTED_CONFIG]
         entrypoint = shlex.join([*command, "--resume"] if resume else command)
-    # The last checkpoint may take stop_grace_s, then tracking and actors need a moment.
-    stop_wait_s = max(MIN_STOP_WAIT_S, int(config.checkpoint.stop_grace_s) + 30)
     return Submission(
         submission_id=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}",
         entrypoint=entrypoint,
-        env_vars={"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s), **env_vars},
+        env_vars={"PYTHONUNBUFFERED": "1", STOP_WAIT_VARIABLE: str(job_stop_wait_s(config)), **env_vars},
         metadata={
             "softgrpo_run": config.name,
             "softgrpo_config": config_digest(config),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ NO_SHUTDOWN = edits(update("spec.shutdownAfterJobFinishes", None), update("spec.
 
 def rule(policy: str, ttl: int = 0, **condition: str) -> dict[str, Any]:
     return {"policy": policy, "condition": {**(condition or {"jobStatus": "FAILED"}), "ttlSeconds": ttl}}
+
+
+def replicas(wanted: int, *, least: int, most: int) -> Edit:
+    group = "spec.rayClusterSpec.workerGroupSpecs.1."
+    return edits(
+        update(group + "replicas", wanted), update(group + "minReplicas", least), update(group + "maxReplicas", most)
+    )
 
 
 BAD_JOBS: dict[str, tuple[Edit, str]] = {
@@ -171,7 +179,20 @@ BAD_JOBS: dict[str, tuple[Edit, str]] = {
     ),
     "9 tokens without version": (update("spec.rayClusterSpec.rayVersion", None), r"rayVersion: required as x.y.z"),
     "9 tokens before 2.52": (update("spec.rayClusterSpec.rayVersion", "2.51.1"), r"2.51.1 has no token"),
+    "5 no deadline at all": (update("spec.activeDeadlineSeconds", 0), r"activeDeadlineSeconds: 0 must be positive"),
+    "5 no time to start": (update("spec.preRunningDeadlineSeconds", 0), r"preRunningDeadlineSeconds: 0 must be"),
+    "bounds crossed": (replicas(2, least=9, most=4), r"\[1\].minReplicas: 9 is more than maxReplicas 4"),
+    "negative bounds": (replicas(2, least=-1, most=4), r"\[1\].minReplicas: -1 is negative"),
+    "negative replicas": (replicas(-2, least=0, most=4), r"\[1\].replicas: -2 is negative"),
+    "replicas above": (replicas(32, least=1, most=16), r"replicas: 32 is not from minReplicas 1 to maxReplicas 16"),
+    "replicas below": (replicas(0, least=1, most=16), r"replicas: 0 is not from minReplicas 1"),
     "environment not YAML": (update("spec.runtimeEnvYAML", "a: [1"), r"runtimeEnvYAML: not YAML"),
+    "environment with a key twice": (
+        update("spec.runtimeEnvYAML", "working_dir: a\nworking_dir: b"),
+        r"runtimeEnvYAML: not YAML: (.*\n)*.*'working_dir' a second time",
+    ),
+    "environment is a list": (update("spec.runtimeEnvYAML", "[a]"), r"runtimeEnvYAML: expected keys and values"),
+    "variables as a list": (update("spec.runtimeEnvYAML", "env_vars: [a]"), r"env_vars: expected names and values"),
     "environment with a number": (update("spec.runtimeEnvYAML", "env_vars: {A: 1}"), r"env_vars.A: 1 must be a string"),
     "no container": (
         update("spec.rayClusterSpec.headGroupSpec.template.spec.containers", []),
@@ -201,12 +222,26 @@ BAD_JOBS: dict[str, tuple[Edit, str]] = {
         update("spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.resources.limits.memory", "lots"),
         r"'lots' is not a quantity",
     ),
+    "negative memory": (
+        update("spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.resources.limits.memory", "-5Gi"),
+        r"limits.memory: '-5Gi' is negative",
+    ),
+    "namespace that is none": (update("metadata.namespace", "Bad NS"), r"metadata.namespace: 'Bad NS' must be lower"),
+    "claim without a name": (
+        update("spec.rayClusterSpec.headGroupSpec.template.spec.volumes.0.persistentVolumeClaim.claimName", ""),
+        r"volumes\[0\].persistentVolumeClaim.claimName: '' must be lower case",
+    ),
+    "empty list item": (
+        update("spec.rayClusterSpec.headGroupSpec.template.spec.containers", [None]),
+        r"containers\[0\]: is empty; remove it",
+    ),
     "replicas as boolean": (
         update("spec.rayClusterSpec.workerGroupSpecs.0.replicas", True),
         r"expected an integer, found boolean True",
     ),
     "old API": (update("apiVersion", "ray.io/v1alpha1"), r"'ray.io/v1alpha1' is not ray.io/v1"),
     "unknown kind": (update("kind", "RayJobs"), r"'RayJobs' is not one of"),
+    "kind as a list": (update("kind", ["RayJob"]), r"kind: \['RayJob'\] is not one of"),
 }
 
 
@@ -218,8 +253,6 @@ def good_job() -> dict[str, Any]:
 def test_bad_manifests_are_refused(
     case: str, nodes: Mapping[str, Node], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     edit, message = BAD_JOBS[case]
     manifest = good_job()
     edit(manifest)
@@ -258,8 +291,52 @@ def test_advice_does_not_refuse(nodes: Mapping[str, Node]) -> None:
     problems, advice, _ = validate_text(to_yaml([manifest]), nodes, "x")
     assert not problems
     texts = "\n".join(map(str, advice))
-    for expected in ("no actor lands on the head", "20 s end before the drain of 30 s", "2.60.0 differs from image"):
+    for expected in ("no actor lands on the head", "20 s end before the preStop of 75 s", "2.60.0 differs from image"):
         assert expected in texts
+
+
+WORKER = "spec.rayClusterSpec.workerGroupSpecs.0.template.spec."
+HEAD = "spec.rayClusterSpec.headGroupSpec.template.spec."
+DISORDER: dict[str, tuple[Edit, str]] = {
+    "worker's drain before the stop wait": (
+        update(WORKER + "containers.0.env.0.value", "20"),
+        r"workerGroupSpecs\[0\].*: the drain of 20 s ends before the stop wait of 60 s",
+    ),
+    "Ray's own drain before the stop wait": (
+        update(WORKER + "containers.0.env", []),
+        r"workerGroupSpecs\[0\].*: the drain of 30 s ends before the stop wait of 60 s",
+    ),
+    "worker's grace before its drain": (
+        update(WORKER + "terminationGracePeriodSeconds", 90),
+        r"workerGroupSpecs\[0\].*: 90 s end before the drain of 90 s",
+    ),
+    "drains before a long stop wait": (
+        update("spec.runtimeEnvYAML", "env_vars: {RAY_JOB_STOP_WAIT_TIME_S: '110'}"),
+        r"workerGroupSpecs\[1\].*: the drain of 90 s ends before the stop wait of 110 s",
+    ),
+    "preStop before a long stop wait": (
+        update("spec.runtimeEnvYAML", "env_vars: {RAY_JOB_STOP_WAIT_TIME_S: '75'}"),
+        r"headGroupSpec.*lifecycle.preStop: its 75 s end before the stop wait of 75 s",
+    ),
+    "head's grace before preStop and drain": (
+        update(HEAD + "terminationGracePeriodSeconds", 100),
+        r"headGroupSpec.*: 100 s end before the preStop of 75 s and the drain of 30 s",
+    ),
+    "head that stops no job": (
+        update(HEAD + "containers.0.lifecycle", None),
+        r"headGroupSpec.*: the drain of 30 s ends before the stop wait of 60 s",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DISORDER)
+def test_disordered_shutdown_deadlines_are_advised_against(case: str, nodes: Mapping[str, Node]) -> None:
+    edit, message = DISORDER[case]
+    manifest = good_job()
+    edit(manifest)
+    problems, advice, _ = validate_text(to_yaml([manifest]), nodes, "x")
+    assert not problems
+    assert re.search(message, "\n".join(map(str, advice))), advice
 
 
 def test_rendered_manifests_need_no_advice(nodes: Mapping[str, Node]) -> None:
@@ -276,11 +353,43 @@ def test_newer_fields_are_refused_for_an_older_operator(tmp_path: Path) -> None:
     assert main(["validate", str(file), "--kuberay", "1.5.2"]) == 2
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "- 1", "kind: RayJob", "[]", "just words", "kind: RayJob\nspec: [1]"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "a: [", "- 1", "kind: RayJob", "[]", "just words", "kind: RayJob\nspec: [1]", "[" * 5000, "kind: {a: b}"],
+)
 def test_files_that_are_no_manifest(text: str, tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text(text, encoding="utf-8")
     assert main(["validate", str(file)]) == 2
+
+
+def test_keys_given_twice_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in the API server's strict mode; the last of them would win in silence."""
+    file = tmp_path / "job.yaml"
+    text = to_yaml([good_job()])
+    assert text.count("  backoffLimit: 3\n") == 1
+    file.write_text(text.replace("  backoffLimit: 3\n", "  backoffLimit: 3\n  backoffLimit: 0\n"), encoding="utf-8")
+    assert main(["validate", str(file)]) == 2
+    assert "'backoffLimit' a second time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "message"),
+    [
+        ("ConfigMap", update("metadata.name", "Bad_Name"), r"metadata.name: 'Bad_Name' must be lower case"),
+        ("ConfigMap", update("metadata.name", None), r"metadata.name: '' must be lower case"),
+        ("ConfigMap", update("metadata.name", "a..b"), r"metadata.name: 'a..b' must be"),
+        ("ConfigMap", update("metadata.name", "a" * 254), r"at most 253 characters"),
+        ("NetworkPolicy", update("metadata.namespace", "a.b"), r"metadata.namespace: 'a.b' must be"),
+        ("NetworkPolicy", update("metadata.namespace", "a" * 64), r"at most 63 characters"),
+    ],
+)
+def test_objects_have_names_that_the_api_server_takes(
+    kind: str, edit: Edit, message: str, nodes: Mapping[str, Node]
+) -> None:
+    document = next(one for one in render(cpu_recipe(), ClusterShape()) if one["kind"] == kind)
+    edit(document)
+    assert re.search(message, "\n".join(map(str, validate_text(to_yaml([document]), nodes, "x")[0])))
 
 
 def test_missing_files_are_configuration_errors(tmp_path: Path) -> None:
