@@ -31,12 +31,17 @@ if TYPE_CHECKING:
 
 MAX_GROUP = 16
 """Responses of one call; more samples of a question are several calls."""
-MAX_CALLS = 64
-"""Calls in flight; the pool dispatches them to its members."""
+CALLS_BESIDE_TRAINING = 64
+"""Calls in flight while training needs the rollout actors too; alone, an evaluation fills them."""
 
 
 class Pools(Protocol):
     """What an evaluation needs of the pools."""
+
+    @property
+    def seats(self) -> int:
+        """Responses that the rollout actors decode at once."""
+        ...
 
     async def respond(self, requests: Sequence[RolloutRequest]) -> tuple[ObjectRef[pa.RecordBatch], GroupSummary]:
         """Generate one group on whichever actor is free."""
@@ -53,6 +58,11 @@ class TwoPools:
 
     rollout: Any
     verifier: Any
+
+    @property
+    def seats(self) -> int:
+        """See `Pools`."""
+        return int(self.rollout.seats)
 
     async def respond(self, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
         """See `Pools`."""
@@ -200,7 +210,9 @@ class EvaluationResult:
 OnCall = Callable[[FinishedCall], Awaitable[None]]
 
 
-async def evaluate(pools: Pools, prompts: PromptSet, settings: EvaluationSettings) -> EvaluationResult:
+async def evaluate(
+    pools: Pools, prompts: PromptSet, settings: EvaluationSettings, *, beside_training: bool = False
+) -> EvaluationResult:
     """Answer and grade every question `settings.samples` times. Errors of the pools propagate."""
     started = time.monotonic()
     rows = prompts.rows[: settings.limit]
@@ -211,20 +223,25 @@ async def evaluate(pools: Pools, prompts: PromptSet, settings: EvaluationSetting
         finished[call.row.prompt_id].append(replace(call, batch=None))
 
     calls = [(row, part) for row in rows for part in evaluation_requests(row, prompts, settings)]
-    await run_calls(pools, calls, keep)
+    await run_calls(pools, calls, keep, beside_training=beside_training)
     questions = tuple(question_result(finished[row.prompt_id]) for row in rows)
     return EvaluationResult(prompts.name, settings, questions, time.monotonic() - started)
 
 
 async def run_calls(
-    pools: Pools, calls: Sequence[tuple[PromptRow, tuple[RolloutRequest, ...]]], on_call: OnCall
+    pools: Pools,
+    calls: Sequence[tuple[PromptRow, tuple[RolloutRequest, ...]]],
+    on_call: OnCall,
+    *,
+    beside_training: bool = False,
 ) -> None:
     """Answer and grade calls, many at a time and in any order; `on_call` sees each one when it is done.
 
     Its trajectories are in the object store for as long as somebody holds their reference. An error of a pool or of
     `on_call` rises at once, after the other calls were cancelled.
     """
-    room = asyncio.Semaphore(MAX_CALLS)
+    alone = 0 if beside_training else pools.seats // MAX_GROUP
+    room = asyncio.Semaphore(max(CALLS_BESIDE_TRAINING, alone))
 
     async def call(row: PromptRow, requests: tuple[RolloutRequest, ...]) -> None:
         async with room:

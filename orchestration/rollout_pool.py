@@ -89,6 +89,11 @@ class RolloutPool(VersionedPool):
         self._max_in_flight = max_in_flight
         self._calls: set[RunningCall] = set()
 
+    @property
+    def seats(self) -> int:
+        """Responses that all members decode at once."""
+        return len(self._members) * self._max_in_flight // ROOM_PER_SEAT
+
     async def start(self) -> None:
         """Wait until every member answers, then watch them and the groups on them."""
         await super().start()

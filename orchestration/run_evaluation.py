@@ -101,7 +101,7 @@ class RunEvaluation:
     async def _evaluate_beside(self, step: int) -> None:
         with self.directory.holding(step):
             try:
-                await self._evaluate(step)
+                await self._evaluate(step, beside_training=True)
             except (GroupFailed, StoreFull, OSError) as failure:  # a full disk costs this evaluation, not the run
                 logger.error("evaluation of step %d failed: %s", step, failure)
                 self.log({"evaluation/failed": 1}, step)
@@ -126,10 +126,13 @@ class RunEvaluation:
             await asyncio.sleep(WRITING_POLL_S)
         return True
 
-    async def _evaluate(self, step: int) -> None:
+    async def _evaluate(self, step: int, *, beside_training: bool = False) -> None:
         if not self.prompts or self._load(step):
             return
-        results = [await evaluate(self.pools, prompts, self._settings(step)) for prompts in self.prompts]
+        results = [
+            await evaluate(self.pools, prompts, self._settings(step), beside_training=beside_training)
+            for prompts in self.prompts
+        ]
         metrics: dict[str, float] = {}
         for result in results:
             metrics |= result.metrics()

@@ -34,6 +34,8 @@ def prompt_set(*names: str) -> PromptSet:
 class MemoryPools:
     """Answers with the sample index; correct where `is_correct(prompt, index)`; rows come back in reverse order."""
 
+    seats = 32
+
     def __init__(self, is_correct: Any = lambda prompt, index: index == 0) -> None:
         self.is_correct = is_correct
         self.requests: list[RolloutRequest] = []
@@ -158,6 +160,25 @@ def test_an_error_of_a_pool_rises_as_itself_and_stops_the_rest() -> None:
 
     with pytest.raises(ConnectionError, match="pool is gone"):
         run(Broken(), "good", "bad", samples=1)
+
+
+@pytest.mark.parametrize(("seats", "beside_training", "calls"), [(4, False, 64), (1600, False, 100), (1600, True, 64)])
+def test_an_evaluation_alone_fills_the_rollout_actors(seats: int, beside_training: bool, calls: int) -> None:
+    class Crowded(MemoryPools):
+        now = most = 0
+
+        async def respond(self, requests: Sequence[RolloutRequest]) -> tuple[Any, GroupSummary]:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            await asyncio.sleep(0.01)
+            self.now -= 1
+            return await super().respond(requests)
+
+    pools = Crowded()
+    pools.seats = seats
+    questions = prompt_set(*(f"q{i}" for i in range(120)))
+    asyncio.run(evaluate(pools, questions, EvaluationSettings(samples=16), beside_training=beside_training))
+    assert pools.most == calls
 
 
 def test_the_limit_holds_and_decoding_travels_with_the_request() -> None:

@@ -303,3 +303,19 @@ def test_a_replacement_that_lacks_a_version_sleeps_too(run: Callable[..., None])
         assert bench.pool.reserve(1, lambda served: served == 2) is not None
 
     run(test, outcomes=[[], [GONE]])
+
+
+def test_many_actors_at_one_version_are_judged_once(run: Callable[..., None]) -> None:
+    """With a hundred actors and thousands of slots the question itself would stop the driver for seconds."""
+    asked: list[int] = []
+
+    def refuse(version: int) -> bool:
+        asked.append(version)
+        return False
+
+    async def test(bench: Bench) -> None:
+        assert bench.pool.seats == 30 * 8 // 3
+        assert bench.pool.reserve(1, refuse) is None and asked == [0]
+        assert bench.pool.reserve(1, refuse) is None and asked == [0, 0], "versions come and go: not remembered"
+
+    run(test, size=30)
