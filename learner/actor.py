@@ -103,15 +103,21 @@ class LearnerRank:
         from learner.export import finite
 
         os.environ[VERSION_VARIABLE] = str(version)
-        weights = finite(version, self.trainer.weights())
-        if self.rank == 0:
-            # A part is valid until the next one is asked for; by then Ray has put it into the object store.
-            yield from self._sender.send(version, weights)
-        else:
+        weights = self.trainer.weights()
+        checked = finite(version, weights)
+        try:
+            if self.rank == 0:
+                # A part is valid until the next one is asked for; by then Ray has put it into the object store.
+                yield from self._sender.send(version, checked)
+            else:
+                for _ in checked:
+                    pass
+        finally:
+            # A generator whose part finds no room Ray closes, before it reports that; the other ranks gather on.
             for _ in weights:
                 pass
-        if self.spec.shares_device:
-            self._give_memory_back()
+            if self.spec.shares_device:
+                self._give_memory_back()
 
     def _give_memory_back(self) -> None:
         """What torch keeps for the next step, the engine on this GPU needs for its weights and KV until then."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +263,30 @@ def test_weights_that_are_not_finite_are_never_published(tiny_model_dir: Path, b
     with pytest.raises(LearnerError, match=r"version 2 is not published: model.norm.weight and 0 more of"):
         sent.extend(rank.publish(2))
     assert not any(isinstance(part, Link) for part in sent)
+
+
+def test_a_publication_that_is_given_up_gathers_the_rest(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks gather every tensor with this one; memory goes back as after a whole publication."""
+    rank = LearnerRank(learner_spec(tiny_model_dir, shard_bytes=4096, shares_device=True), rank=0)
+    rank._trainer = Trainer(rank.spec, rank=0)
+    weights, gathered = rank.trainer.weights, []
+
+    def counted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in weights():
+            gathered.append(name)
+            yield name, weight
+
+    monkeypatch.setattr(rank.trainer, "weights", counted)
+    monkeypatch.setattr(rank, "_give_memory_back", lambda: gathered.append("back"))
+    expected = [*(name for name, _ in weights()), "back"]
+    parts = rank.publish(1)
+    next(parts)
+    assert len(gathered) < len(expected) / 2
+    parts.close()  # type: ignore[attr-defined]
+    assert gathered == expected
+    *_, link = rank.publish(1)
+    assert isinstance(link, Link) and link.base_version is None
+    assert gathered == [*expected, *expected]
 
 
 def test_save_and_load_continue_the_same_curve(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 import ray
 import torch
 
+from learner.group import LearnerGroup
 from learner.spec import LearnerError, LearnerSpec, NonFiniteGradients, ScoredGroup
 from learner.trainer import MAX_REFUSED_IN_A_ROW, Trainer
+from rollout.weights import iterate_weights
 from tests.learner.handmade import learner_spec, make_group
 from tests.learner.two_ranks import STEPS, Pair, Weights
 
@@ -173,3 +176,19 @@ def test_non_finite_gradients_of_one_rank_refuse_the_batch_on_all(
     ray.get(pair.ranks[1].set_noise_scale.remote(1.0), timeout=60)
     given_up = pair.call("refusal", "train", groups, 0)
     assert all(isinstance(error, LearnerError) and "3 batches in a row" in str(error) for error in given_up)
+
+
+def test_partitioned_weights_that_find_no_room_are_published_again(
+    base_spec: LearnerSpec, start: Weights, pair: Pair
+) -> None:
+    """The ranks gather all of a version that the object store does not take, and stay in step for the next try."""
+    spec = dataclasses.replace(base_spec, zero_stage=3, world_size=2, shard_bytes=4096)
+    pair.call("begin", spec, pair.master)
+    ray.get(pair.ranks[0].fill_store.remote(), timeout=60)
+    group = LearnerGroup(spec, {})
+    group._ranks = list(pair.ranks)
+    published = asyncio.run(group.publish(1))
+    parts = ray.get(list(published.shards), timeout=60)
+    found = dict(iterate_weights(published.manifest, parts))
+    assert found.keys() == start.keys()
+    assert all(torch.equal(found[name], start[name]) for name in start)

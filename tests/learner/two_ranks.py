@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import resource
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import OutOfDiskError
 
 from learner.actor import LearnerRank
 from learner.spec import LearnerError, LearnerSpec, Refused, ScoredGroup
+from rollout.transport import make_sender
 
 STEPS = 3
 
 Weights = dict[str, torch.Tensor]
+
+
+class NoRoom:
+    """A part that Ray cannot store, as when the object store and the disk that it spills to are full."""
+
+    def __reduce__(self) -> Any:
+        raise OutOfDiskError("full")
 
 
 class PairRank(LearnerRank):
@@ -46,6 +57,19 @@ class PairRank(LearnerRank):
         """No file of this process may grow beyond that (-1: as far as the disk allows), as on a full disk."""
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+
+    def fill_store(self) -> None:
+        """The first part of the next publication finds no room."""
+        sender = make_sender(self.spec.transport, max_shard_bytes=self.spec.shard_bytes)
+
+        def send(version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Any]:
+            self._sender = sender
+            parts = sender.send(version, tensors)
+            next(parts)
+            yield NoRoom()
+            yield from parts
+
+        self._sender = SimpleNamespace(send=send)  # type: ignore[assignment]
 
     def weights(self) -> Weights:
         """All weights, on every rank; held together like the tensors of a shard."""
