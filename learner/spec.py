@@ -106,9 +106,9 @@ class LearnerSpec:
     kl_refresh_every: int | None = None
 
     temperature: float = 1.0
-    """Of soft and end-of-thinking positions."""
+    """Of soft and end-of-thinking positions; positive where there are any."""
     answer_temperature: float = 1.0
-    """Of discrete positions."""
+    """Of discrete positions; positive."""
     noise: str = "gumbel"
     noise_scale: float = 1.0
     noise_clip: tuple[float, float] | None = None
@@ -123,13 +123,6 @@ class LearnerSpec:
     startup_timeout_s: float = 600.0
     step_timeout_s: float = 3600.0
     sync_timeout_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.answer_temperature <= 0:
-            raise ValueError(
-                f"sampling.temperature={self.temperature}, sampling.answer.temperature={self.answer_temperature}: "
-                "training scores tokens at the temperature they were drawn at; set both positive"
-            )
 
 
 @dataclass(frozen=True, slots=True)

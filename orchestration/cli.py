@@ -67,12 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = next(command for command in COMMANDS if command.name == namespace.command)
     assert not rest
     from orchestration.logs import configure
+    from orchestration.redaction import redact_text
 
     configure("driver")
     try:
         return command.load()(arguments[1:])
     except ConfigError as error:
-        print(f"softgrpo {command.name}: {error}", file=sys.stderr)
+        print(redact_text(f"softgrpo {command.name}: {error}"), file=sys.stderr)
         return EXIT_CONFIG
 
 

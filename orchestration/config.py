@@ -30,6 +30,7 @@ from orchestration.config_sections import (
     Section,
     TrackingConfig,
 )
+from orchestration.redaction import HIDDEN, SECRET_NAME, redact
 
 DEFAULT_CENSOR_DELTA = 1e-3
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -45,7 +46,7 @@ class Config(Section):
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     output_dir: str | None = None
     """Run directory; None: outputs/<name> under the working directory."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     steps: Annotated[int, Field(ge=1)] = 100
     """Training steps (policy versions to make)."""
     model: ModelConfig
@@ -149,29 +150,32 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write it as section.key=value")
+    secret = SECRET_NAME.search(key)
+    shown = repr(f"{key}={HIDDEN}" if secret else override)
     try:
         value = strict_yaml.load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+        raise ConfigError(f"override {shown}: the value is not YAML" + ("" if secret else f": {error}")) from None
     *sections, leaf = key.split(".")
     node = tree
     for name in sections:
         child = node.setdefault(name, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {name} is a value, not a section")
+            raise ConfigError(f"override {shown}: {name} is a value, not a section")
         node = child
     node[leaf] = value
 
 
 def _describe(problem: Any, source: str) -> str:
     key = ".".join(str(part) for part in problem["loc"])
+    value = HIDDEN if SECRET_NAME.search(key) else repr(redact(problem["input"]))
     if problem["type"] == "extra_forbidden":
-        return f"{source}: {key}={problem['input']!r}: unknown key; {_nearest_key(problem['loc'])}"
+        return f"{source}: {key}={value}: unknown key; {_nearest_key(problem['loc'])}"
     if problem["type"] == "missing":
         return f"{source}: {key}: required, but missing"
     if problem["type"] == "value_error" and not key:
         return f"{source}: {problem['ctx']['error']}"
-    return f"{source}: {key}={problem['input']!r}: {problem['msg']}"
+    return f"{source}: {key}={value}: {problem['msg'].removeprefix('Value error, ')}"
 
 
 def _nearest_key(location: tuple[Any, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Combinations of keys that cannot run, each with keys, values and the fix."""
+"""Combinations of keys that cannot run, or cannot train, each with keys, values and the fix."""
 
 from __future__ import annotations
 
@@ -39,8 +39,6 @@ def impossible_combinations(config: Config) -> list[str]:
         )
     if sampling.noise_clip is not None and sampling.noise_clip[0] >= sampling.noise_clip[1]:
         problems.append(f"sampling.noise_clip={list(sampling.noise_clip)}: give [low, high] with low < high")
-    if soft and sampling.temperature == 0:
-        problems.append("sampling.temperature=0 with thinking: soft: training needs noise; set a positive temperature")
     if algorithm.importance_cap is not None and algorithm.old_log_density == "behaviour":
         problems.append(
             f"algorithm.importance_cap={algorithm.importance_cap} with old_log_density=behaviour: the ratio already "
@@ -79,5 +77,22 @@ def impossible_combinations(config: Config) -> list[str]:
             f"rollout.num_gpus={config.rollout.num_gpus} with tensor_parallel_size="
             f"{config.rollout.tensor_parallel_size}: a fractional GPU cannot be tensor-parallel; set num_gpus to "
             f"{config.rollout.tensor_parallel_size}"
+        )
+    return problems
+
+
+def untrainable(config: Config) -> list[str]:
+    """One message per setting that decodes and does not train: greedy tokens have no density to score."""
+    sampling = config.sampling
+    problems = []
+    if sampling.answer.temperature == 0:
+        problems.append(
+            "sampling.answer.temperature=0: training scores tokens at the temperature that they were drawn at; set a "
+            "positive one (`softgrpo evaluate` and `softgrpo generate` take 0)"
+        )
+    if sampling.thinking == "soft" and sampling.temperature == 0:
+        problems.append(
+            "sampling.temperature=0 with thinking: soft: training needs noise and scores it at this temperature; set a "
+            "positive one (`softgrpo evaluate` and `softgrpo generate` take 0)"
         )
     return problems

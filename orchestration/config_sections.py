@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+
+def _whole_above_one(gpus: float) -> float:
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError("actors share one GPU (a number below 1) or have whole ones; round it")
+    return gpus
+
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+"""Bounded by what a wait of the operating system takes: thirty years."""
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys; a number that YAML reads as text (`1e-3`) is a number."""
+    """Base of all sections: frozen, no unknown keys; a number that YAML reads as text (`1e-3`) is a number.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    Infinities, NaN and truth values are no numbers of a recipe.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_truth_values_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """`steps: yes` would be one step."""
+        parts = value if isinstance(value, list | tuple) else [value]
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if any(isinstance(part, bool) for part in parts) and _is_number(annotation):
+            raise ValueError("expected a number, found a truth value")
+        return value
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a type is of integers or floats, alone or in a tuple, a union or a `Literal`."""
+    if annotation in (int, float) or isinstance(annotation, int):
+        return True
+    return any(_is_number(part) for part in get_args(annotation))
 
 
 class ModelConfig(Section):
@@ -109,7 +139,7 @@ class RolloutConfig(Section):
     num_actors: Annotated[int, Field(ge=1)] = 1
     num_cpus: Annotated[float, Field(gt=0)] = 1.0
     """Ray CPUs per actor."""
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    num_gpus: Gpus = 0.0
     """Ray GPUs per actor; tensor_parallel_size GPUs are used when > 0."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     max_num_seqs: Annotated[int, Field(ge=1)] = 128
@@ -189,7 +219,7 @@ class LearnerConfig(Section):
     world_size: Annotated[int, Field(ge=1)] = 1
     num_cpus: Annotated[float, Field(gt=0)] = 1.0
     """Ray CPUs per rank."""
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    num_gpus: Gpus = 0.0
     """Ray GPUs per rank."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload_optimizer: bool = False
@@ -198,7 +228,7 @@ class LearnerConfig(Section):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     micro_batch_tokens: Annotated[int, Field(ge=16)] = 16384
     """Token budget of one packed forward pass; a longer sequence gets a pass of its own."""

@@ -75,7 +75,7 @@ def load_rows(dataset: DatasetConfig, reward: RewardConfig, max_bad_rows: int = 
 def read_rows(dataset: DatasetConfig, reward: RewardConfig) -> tuple[list[PromptRow], list[str]]:
     """Good rows of a dataset file, and one message for each bad one."""
     path = locate(dataset.path)
-    name = dataset.name or path.stem
+    name = dataset_name(dataset)
     rows: list[PromptRow] = []
     problems: list[str] = []
     seen: Counter[str] = Counter()
@@ -87,6 +87,11 @@ def read_rows(dataset: DatasetConfig, reward: RewardConfig) -> tuple[list[Prompt
         if dataset.limit and len(rows) >= dataset.limit:
             break
     return rows, problems
+
+
+def dataset_name(dataset: DatasetConfig) -> str:
+    """What a dataset is called: its `name`, or its file."""
+    return dataset.name or Path(dataset.path).stem
 
 
 def locate(path: str) -> Path:

@@ -26,6 +26,7 @@ from orchestration.demo_assets import DemoRecipe, assets_dir, ensure_assets
 from orchestration.machine import memory_bytes
 from orchestration.metrics_log import read_metrics
 from orchestration.plots import plot_curves
+from orchestration.redaction import redact_text
 from orchestration.run_state import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -64,14 +65,14 @@ def main(arguments: Sequence[str] = ()) -> int:
     """Run the demo; returns an exit code of the command line."""
     namespace = _parser().parse_args(list(arguments))
     started = time.monotonic()
+    arms = (SOFT, *COMPARED) if namespace.compare else (SOFT,)
+    planned = [(arm, arm_config(arm, namespace.seed, namespace.overrides)) for arm in arms]
     recipe = DemoRecipe(namespace.seed)
     stamp = ensure_assets(recipe, assets_dir(namespace.seed))
     made = "reused" if stamp["reused"] else f"made in {stamp['seconds']:.0f} s"
     logger.info("warm start %s (%d updates, accuracy of a step %.3f)", made, stamp["steps"], stamp["accuracy"])
-    arms = (SOFT, *COMPARED) if namespace.compare else (SOFT,)
     done: list[tuple[Arm, Config]] = []
-    for arm in arms:
-        config = arm_config(arm, namespace.seed, namespace.overrides)
+    for arm, config in planned:
         clear_earlier_run(config)
         code = _train(config)
         if code != 0:
@@ -141,7 +142,7 @@ def mlflow_command(config: Config) -> str:
 
     uri, artifacts = mlflow_store(config)
     if artifacts is None:
-        return f"MLflow: {uri}"
+        return f"MLflow: {redact_text(uri)}"
     return shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
 
 

@@ -44,9 +44,10 @@ def main(arguments: Sequence[str]) -> int:
     if namespace.config is None:
         parser.error("give --config FILE, or --compare A B")
     recipe = load_config(namespace.config, namespace.overrides)
-    config = evaluation_config(recipe, namespace.checkpoint, namespace.benchmark)
-    resolved = validate(config).require_complete()
-    arms = make_arms(namespace.arms.split(","), config, namespace.decoding, namespace.temperatures)
+    names = namespace.arms.split(",")
+    config = evaluation_config(recipe, namespace.checkpoint, namespace.benchmark, names)
+    arms = make_arms(names, config, namespace.decoding, namespace.temperatures)
+    resolved = validate(config, trains=False).require_complete()
     result = ResultDirectory(namespace.output or config.run_dir / "evaluation")
     result.open(
         _shared_settings(resolved, namespace.samples, namespace.decoding),
@@ -58,8 +59,13 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def evaluation_config(config: Config, checkpoint: Path | None, benchmarks: Sequence[str]) -> Config:
-    """The recipe as an evaluation needs it: this checkpoint, these benchmarks, no learner, no training data."""
+def evaluation_config(
+    config: Config, checkpoint: Path | None, benchmarks: Sequence[str], arms: Sequence[str]
+) -> Config:
+    """The recipe as an evaluation needs it: this checkpoint, these benchmarks, no learner, no training data.
+
+    Every arm but `discrete` thinks in soft tokens, whatever the recipe trains: the model must have an end of thinking.
+    """
     tree = config.model_dump(mode="json")
     if checkpoint is not None:
         exported = checkpoint / "model"
@@ -70,7 +76,8 @@ def evaluation_config(config: Config, checkpoint: Path | None, benchmarks: Seque
     if not tree["data"]["evaluation"]:
         raise ConfigError("no benchmark: give --benchmark NAME=FILE, or data.evaluation in the recipe")
     tree["data"]["train"] = tree["data"]["evaluation"][0]
-    tree["sampling"]["thinking"] = "soft"
+    tree["sampling"]["thinking"] = "discrete" if set(arms) == {"discrete"} else "soft"
+    tree["pipeline"]["transport"] = "object_store"  # others need a learner, and no weights are sent
     tree["learner"] |= {"world_size": 1, "num_cpus": 0.01, "num_gpus": 0}
     tree["algorithm"] |= {"prompts_per_step": 1, "mini_batches": 1}
     return parse_config(tree, "evaluation")

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from orchestration import machine
 from orchestration.config import Config, ConfigError
+from orchestration.config_rules import untrainable
 from orchestration.config_sections import DatasetConfig, RewardConfig
-from orchestration.dataset import MissingData, PromptRow, place, read_rows, report_bad_rows
+from orchestration.dataset import MissingData, PromptRow, dataset_name, place, read_rows, report_bad_rows
 from orchestration.model_facts import ModelFacts, read_model_facts
 from orchestration.prompt_tokenizer import (
     PromptTokenizer,
@@ -24,8 +25,9 @@ from orchestration.prompt_tokenizer import (
     resolve_model_dir,
     with_recipe_prompt,
 )
+from orchestration.user_rule import check_user_rule
 from reward.audit import audit_gold
-from reward.rules import RuleError
+from reward.rules import RuleError, parse_rule
 from reward.verifier import VerifierSpec
 from rollout.vllm_soft import ARCHITECTURES
 
@@ -84,8 +86,20 @@ class PoolNeeds:
         return self.rollout_gpus + self.learner_gpus
 
 
-def validate(config: Config) -> Resolved:
-    """Resolve and check a configuration; raises `ConfigError` for what is wrong."""
+def require_trainable(config: Config) -> None:
+    """Raise `ConfigError` for settings that decode and do not train."""
+    if problems := untrainable(config):
+        raise ConfigError("\n".join(problems))
+
+
+def validate(config: Config, *, trains: bool = True) -> Resolved:
+    """Resolve and check a configuration; raises `ConfigError` for what is wrong.
+
+    `trains` is False for an evaluation: it may decode in ways that cannot be trained.
+    """
+    if trains:
+        require_trainable(config)
+    _check_names(config)
     missing: list[str] = []
     warnings: list[str] = list(check_pools(config))
     model_dir = resolve_model_dir(config.model)
@@ -106,12 +120,28 @@ def validate(config: Config) -> Resolved:
     train = _load(config, config.data.train, tokenizer, missing)
     loaded = [_load(config, dataset, tokenizer, missing) for dataset in config.data.evaluation]
     evaluation = tuple(prompts for prompts in loaded if prompts is not None)
+    rules = {row.rule for prompts in (train, *evaluation) if prompts is not None for row in prompts.rows}
+    if config.reward.user_rule and any(term.name == "user" for rule in rules for term in parse_rule(rule)):
+        check_user_rule(config.reward.user_rule)
     if train is not None and len(train.rows) < config.algorithm.prompts_per_step:
         warnings.append(
             f"data.train has {len(train.rows)} prompts for steps of {config.algorithm.prompts_per_step}: a step visits "
             "some of them more than once"
         )
     return Resolved(config, model_dir, model, tokenizer, end_id, train, evaluation, tuple(warnings), tuple(missing))
+
+
+def _check_names(config: Config) -> None:
+    """Answers and metrics of an evaluation set are kept under its name."""
+    paths: dict[str, str] = {}
+    for dataset in config.data.evaluation:
+        name = dataset_name(dataset)
+        if name in paths:
+            raise ConfigError(
+                f"data.evaluation: {paths[name]} and {dataset.path} are both named {name}, and one would overwrite the "
+                "other; give each a `name` of its own (`--benchmark NAME=FILE`)"
+            )
+        paths[name] = dataset.path
 
 
 def pool_needs(config: Config) -> PoolNeeds:
@@ -226,7 +256,7 @@ def _load(
         rows = [row for row in rows if row.prompt_id in prompt_ids]
     if not rows:
         raise ConfigError(f"{dataset.path}: no usable rows; give a file with at least one prompt and its answer")
-    return PromptSet(dataset.name or Path(dataset.path).stem, tuple(rows), prompt_ids)
+    return PromptSet(dataset_name(dataset), tuple(rows), prompt_ids)
 
 
 def _encode(

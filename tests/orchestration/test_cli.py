@@ -106,6 +106,14 @@ def test_a_configuration_error_is_one_message_before_any_actor(
     assert not (recipe.parent / "run").exists()
 
 
+def test_a_message_keeps_secrets_of_the_environment(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORE_TOKEN", "canary-value")
+    assert main(["validate", "--config", str(recipe), "data.train.path=/canary-value/set.jsonl"]) == EXIT_CONFIG
+    assert "/<redacted>/set.jsonl: no such file" in capsys.readouterr().err
+
+
 def test_validate_names_the_command_that_makes_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -157,6 +157,18 @@ def test_table_and_closing_lines(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "outputs/demo/plots/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_password_of_a_tracking_server_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:s3cret@mlflow.example")
+    command = demo.mlflow_command(demo.arm_config(demo.SOFT, 0))
+    assert command == "MLflow: https://<redacted>@mlflow.example"
+
+
+def test_mistakes_are_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "ensure_assets", None)  # calling it would fail
+    with pytest.raises(ConfigError, match="seed=-1"):
+        demo.main(["--seed", "-1"])
+
+
 def fake_training(config: Any) -> int:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump_config(config))

@@ -220,12 +220,22 @@ def test_the_recipe_of_an_evaluation_needs_no_training_data(tmp_path: Path) -> N
     run = tmp_path / "run"
     (run / "model").mkdir(parents=True)
     (run / "model" / "config.json").write_text("{}")
-    changed = evaluation_config(config(thinking="discrete"), run, ["amc=amc.json"])
+    changed = evaluation_config(config(thinking="discrete"), run, ["amc=amc.json"], ["soft", "discrete"])
     assert changed.model.path == str(run / "model")
     assert [dataset.name for dataset in changed.data.evaluation] == ["amc"]
     assert changed.data.train.path == "amc.json"
     assert changed.sampling.thinking == "soft"
-    assert evaluation_config(config(), run / "model", []).model.path == str(run / "model")
+    assert evaluation_config(config(), run / "model", [], ["soft"]).model.path == str(run / "model")
+
+
+def test_the_recipe_of_an_evaluation_trains_nothing() -> None:
+    """Settings of a learner and of what it trains neither stand in the way nor ask anything of the model."""
+    tree = config().model_dump(mode="json")
+    tree |= {"rollout": {"num_gpus": 1}, "learner": {"num_gpus": 1}, "pipeline": {"transport": "nccl"}}
+    changed = evaluation_config(parse_config(tree, "test"), None, [], ["soft"])
+    assert (changed.pipeline.transport, changed.learner.num_gpus, changed.rollout.num_gpus) == ("object_store", 0, 1)
+    assert evaluation_config(config(), None, [], ["discrete"]).sampling.thinking == "discrete"
+    assert evaluation_config(config(), None, [], ["discrete", "mean"]).sampling.thinking == "soft"
 
 
 def test_model_digest_sees_weights_and_tokenizer(tmp_path: Path) -> None:

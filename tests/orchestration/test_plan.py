@@ -23,3 +23,9 @@ def test_a_ping_never_queues_behind_groups(max_staleness: int, prompts_per_step:
     sections = {"pipeline": {"max_staleness": max_staleness}, "algorithm": {"prompts_per_step": prompts_per_step}}
     outstanding = (max_staleness + 1) * prompts_per_step
     assert make_plan(resolved(**sections), 0).engine_options["max_concurrency"] >= outstanding + 500
+
+
+def test_greedy_decoding_can_be_planned() -> None:
+    """An evaluation starts no learner, and its plan is made of the same recipe."""
+    plan = make_plan(resolved(sampling={"temperature": 0, "answer": {"temperature": 0}}), 0)
+    assert plan.engine.answer_temperature == 0

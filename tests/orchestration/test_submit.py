@@ -69,6 +69,11 @@ def test_another_directory_is_refused(tmp_path: Path) -> None:
         plan(recipe(output_dir="/shared/run"), tmp_path / "absent")
 
 
+def test_what_cannot_train_is_refused_here(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sampling\.answer\.temperature=0"):
+        plan(recipe(output_dir="/shared/run", sampling={"answer": {"temperature": 0}}), clone(tmp_path))
+
+
 def test_stop_wait_covers_the_last_checkpoint(tmp_path: Path) -> None:
     short = plan(recipe(output_dir="/shared/run"), clone(tmp_path))
     long = plan(recipe(output_dir="/shared/run", checkpoint={"stop_grace_s": 300}), clone(tmp_path))

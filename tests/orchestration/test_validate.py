@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from orchestration.validate import Resolved, pool_needs, validate
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 RECIPES = ("qwen-1.5b", "qwen-1.5b-one-gpu", "qwen-7b", "llama-3b", "dirichlet", "gaussian", "grpo-discrete")
+
+USER = {"rules": {"default": "math + user"}}
 
 
 @pytest.fixture
@@ -77,6 +80,16 @@ def edited_model(source: Path, target: Path, **config: Any) -> Path:
         ({"rollout": {"num_gpus": 64}}, r"ask for 64 GPUs, this machine has \d+; lower them, or set cluster.address"),
         ({"reward": {"rules": {"default": "maths"}}}, r"unknown rule 'maths'; known: math, .*reward.rules"),
         ({"reward": {"rules": {"default": "math + user"}}}, r"no user rule is configured; set reward.user_rule"),
+        ({"reward": {**USER, "user_rule": "garbage"}}, r"user_rule=garbage: write it as module:function"),
+        ({"reward": {**USER, "user_rule": "no_such_mod:f"}}, r"user_rule=no_such_mod:f: .*No module named"),
+        ({"reward": {**USER, "user_rule": "json:nothing"}}, r"user_rule=json:nothing: .*no attribute 'nothing'"),
+        ({"reward": {**USER, "user_rule": "math:pi"}}, r"user_rule=math:pi: .*no function"),
+        ({"sampling": {"answer": {"temperature": 0}}}, r"sampling.answer.temperature=0.*positive"),
+        ({"sampling": {"temperature": 0}}, r"sampling.temperature=0 with thinking: soft.*positive"),
+        (
+            {"data": {"evaluation": [{"path": "a/test.jsonl"}, {"path": "b/test.jsonl"}]}},
+            r"a/test.jsonl and b/test.jsonl are both named test.*give each a `name`",
+        ),
         ({"reward": {"rules": {"default": "choice"}}}, r"q.*: gold answer '.*': '.*' is not a letter"),
         ({"cluster": {"local_cpus": 1}}, r"cluster.local_cpus=1, but the pools ask for 2.5"),
     ],
@@ -88,6 +101,25 @@ def test_impossible_runs(
     config = configure(tiny_model_dir, questions, **sections)
     with pytest.raises(ConfigError, match=f"(?s){words}"):
         validate(config)
+
+
+def test_a_user_rule_is_loaded_elsewhere_and_only_where_a_rule_asks_for_it(
+    tiny_model_dir: Path, questions: Path
+) -> None:
+    rule = "tests.reward.user_rules:double"
+    loaded = set(sys.modules)
+    assert validate(configure(tiny_model_dir, questions, reward={**USER, "user_rule": rule})).train
+    assert "tests.reward.user_rules" not in set(sys.modules) - loaded
+    assert validate(configure(tiny_model_dir, questions, reward={"user_rule": "no_such_mod:f"})).train
+
+
+def test_greedy_decoding_is_refused_where_it_is_scored(tiny_model_dir: Path, questions: Path) -> None:
+    greedy = configure(tiny_model_dir, questions, sampling={"temperature": 0, "answer": {"temperature": 0}})
+    assert validate(greedy, trains=False).train
+    with pytest.raises(ConfigError, match=r"(?s)answer\.temperature=0.*sampling\.temperature=0 with thinking: soft"):
+        validate(greedy)
+    # Discrete thinking is drawn, and scored, at the answer's temperature.
+    validate(configure(tiny_model_dir, questions, sampling={"thinking": "discrete", "temperature": 0}))
 
 
 def test_a_cache_too_small_for_one_sequence(tiny_model_dir: Path, questions: Path, tmp_path: Path) -> None:
