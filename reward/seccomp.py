@@ -21,6 +21,10 @@ _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
 _CLONE_THREAD = 0x10000
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _X32_CALLS = 0x40000000
+_OWNER_OF_A_FILE = (8, 10, 15)
+"""fcntl F_SETOWN, F_SETSIG and F_SETOWN_EX: a file that is ready sends its owner, any process of the user, a signal."""
+_OWNER_OF_A_SOCKET = (0x8901, 0x8902)
+"""ioctl FIOSETOWN and SIOCSPGRP: the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,8 @@ class _Calls:
     clone: int
     tgkill: int
     prlimit: int
+    fcntl: int
+    ioctl: int
 
 
 _COMMON_FORBIDDEN = (424, 434, 438)  # pidfd_send_signal, pidfd_open, pidfd_getfd
@@ -48,10 +54,11 @@ _ARCHITECTURES = {
         # socket connect fork vfork execve kill ptrace setpgid setsid setpriority sched_setscheduler prctl chroot mount
         # umount2 reboot tkill sched_setaffinity mq_open add_key request_key keyctl unshare rt_sigqueueinfo
         # rt_tgsigqueueinfo perf_event_open setns process_vm_readv process_vm_writev bpf execveat userfaultfd
-        # shmget semget msgget
+        # shmget semget msgget sched_setparam sched_setattr ioprio_set migrate_pages move_pages
         forbidden=(
             *(41, 42, 57, 58, 59, 62, 101, 109, 112, 141, 144, 157, 161, 165, 166, 169, 200, 203, 240, 248, 249, 250),
             *(272, 129, 297, 298, 308, 310, 311, 321, 322, 323, 29, 64, 68),
+            *(142, 314, 251, 256, 279),
         ),
         # truncate ftruncate rename mkdir rmdir creat link unlink symlink chmod fchmod chown fchown lchown utime mknod
         # setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr utimes mkdirat mknodat fchownat futimesat
@@ -64,6 +71,8 @@ _ARCHITECTURES = {
         clone=56,
         tgkill=234,
         prlimit=302,
+        fcntl=72,
+        ioctl=16,
     ),
     "aarch64": _Calls(
         audit=0xC00000B7,
@@ -71,12 +80,15 @@ _ARCHITECTURES = {
         forbidden=(
             *(198, 203, 221, 129, 117, 154, 157, 140, 119, 167, 51, 40, 39, 142, 130, 122, 180, 217, 218, 219, 97),
             *(138, 240, 241, 268, 270, 271, 280, 281, 282, 194, 190, 186),
+            *(118, 274, 30, 238, 239),
         ),
         writing=(45, 46, 38, 34, 33, 35, 36, 37, 52, 53, 54, 55, 5, 6, 7, 14, 15, 16, 88, 276),
         opens=((56, 2),),
         clone=220,
         tgkill=131,
         prlimit=261,
+        fcntl=25,
+        ioctl=29,
     ),
 }
 
@@ -119,10 +131,12 @@ def _program(calls: _Calls, own_pid: int) -> list[bytes]:
     lines += _deny((*calls.writing, _FCHMODAT2), errno.EROFS)
     lines += _deny(_WITHOUT_VISIBLE_ARGUMENTS, errno.ENOSYS)
     for call, index in calls.opens:
-        lines += _deny_by_argument(call, index, _line(_JUMP_BITS, _WRITING, 0, 1), errno.EROFS)
-    lines += _deny_by_argument(calls.clone, 0, _line(_JUMP_BITS, _CLONE_THREAD, 1, 0), errno.EPERM)
-    lines += _deny_by_argument(calls.tgkill, 0, _line(_JUMP_EQUAL, own_pid, 1, 0), errno.EPERM)
-    lines += _deny_by_argument(calls.prlimit, 0, _line(_JUMP_EQUAL, 0, 1, 0), errno.EPERM)
+        lines += _deny_by_argument(call, index, [_line(_JUMP_BITS, _WRITING, 0, 1)], errno.EROFS)
+    lines += _deny_by_argument(calls.clone, 0, [_line(_JUMP_BITS, _CLONE_THREAD, 1, 0)], errno.EPERM)
+    lines += _deny_by_argument(calls.tgkill, 0, [_line(_JUMP_EQUAL, own_pid, 1, 0)], errno.EPERM)
+    lines += _deny_by_argument(calls.prlimit, 0, [_line(_JUMP_EQUAL, 0, 1, 0)], errno.EPERM)
+    for call, requests in ((calls.fcntl, _OWNER_OF_A_FILE), (calls.ioctl, _OWNER_OF_A_SOCKET)):
+        lines += _deny_by_argument(call, 1, [_line(_JUMP_EQUAL, request, 0, 1) for request in requests], errno.EPERM)
     return [*lines, _line(_RETURN, _ALLOW)]
 
 
@@ -135,12 +149,12 @@ def _deny(numbers: tuple[int, ...], code: int) -> list[bytes]:
     return [line for number in numbers for line in (_line(_JUMP_EQUAL, number, 0, 1), refusal)]
 
 
-def _deny_by_argument(number: int, index: int, condition: bytes, code: int) -> list[bytes]:
-    """Refuse the call where `condition` on the low half of an argument falls through to the next line."""
+def _deny_by_argument(number: int, index: int, conditions: list[bytes], code: int) -> list[bytes]:
+    """Refuse the call where one of the conditions on the low half of an argument falls through to the next line."""
+    refusal = _line(_RETURN, _ERRNO | code)
     return [
-        _line(_JUMP_EQUAL, number, 0, 4),
+        _line(_JUMP_EQUAL, number, 0, 2 + 2 * len(conditions)),
         _line(_LOAD, _FIRST_ARGUMENT + 8 * index),
-        condition,
-        _line(_RETURN, _ERRNO | code),
+        *(line for condition in conditions for line in (condition, refusal)),
         _line(_RETURN, _ALLOW),
     ]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_hostile_programs(hasty: Verifier) -> None:
 
 
 ATTEMPTS = """
-import ctypes, mmap, os, resource, signal, socket, subprocess, sys
+import ctypes, fcntl, mmap, os, resource, signal, socket, struct, subprocess, sys
 
 def refused(action):
     try:
@@ -81,7 +82,26 @@ def refused(action):
         return True
     return False
 
+def own(set_owner):
+    pipe, other = socket.socketpair()
+    set_owner(pipe)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
+    other.send(b"a signal to the owner")
+
+def signal_by_pipe():
+    reader, writer = os.pipe()
+    fcntl.fcntl(reader, fcntl.F_SETOWN, FOREIGN)
+    fcntl.fcntl(reader, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(reader, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
+    os.write(writer, b"x")
+
 attempts = {
+    "signal by pipe": signal_by_pipe,
+    "own by F_SETOWN_EX": lambda: own(lambda file: fcntl.fcntl(file, 15, struct.pack("ii", 1, FOREIGN))),
+    "own by FIOSETOWN": lambda: own(lambda file: fcntl.ioctl(file, 0x8901, struct.pack("i", FOREIGN))),
+    "own by SIOCSPGRP": lambda: own(lambda file: fcntl.ioctl(file, 0x8902, struct.pack("i", FOREIGN))),
+    "choose the signal": lambda: fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL),
+    "schedule another": lambda: os.sched_setparam(FOREIGN, os.sched_param(0)),
     "fork": os.fork,
     "run": lambda: subprocess.run(["/bin/true"]),
     "exec": lambda: os.execv("/bin/true", ["true"]),
@@ -117,15 +137,19 @@ def test_what_a_program_may_not_do(tmp_path: Path, use_namespaces: bool) -> None
     target = tmp_path / "file"
     target.write_text("kept")
     sandbox = Sandbox(Limits(MEMORY_MB, 10.0), use_namespaces=use_namespaces)
+    neighbour = subprocess.Popen(["sleep", "60"])
     try:
-        program = f"TARGET = {str(target)!r}\n{ATTEMPTS}"
+        program = f"TARGET, FOREIGN = {str(target)!r}, {neighbour.pid}\n{ATTEMPTS}"
         gold = {"test_list": ["assert not allowed, allowed", "import decimal, threading", "t = threading.Thread()"]}
         gold["test_list"] += ["t.start(); t.join()", "import json.tool, numpy"]
         outcome = sandbox.submit(Job({"task": "code", "program": program, "gold": gold}, confined=True)).result(60)
         assert outcome.verdict is Verdict.CORRECT, outcome
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        assert neighbour.poll() is None
     finally:
         sandbox.close()
+        neighbour.kill()
+        neighbour.wait()
 
 
 @pytest.mark.skipif(not landlock.is_supported(), reason="this kernel has no Landlock")
