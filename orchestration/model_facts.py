@@ -17,6 +17,7 @@ REQUIRED = (
     "num_attention_heads",
     "max_position_embeddings",
 )
+OPTIONAL = ("num_key_value_heads", "head_dim")
 RESCALED = (
     "final_logit_softcapping",
     "logits_scaling",
@@ -67,14 +68,12 @@ def read_model_facts(directory: Path) -> ModelFacts:
     """Read `config.json`; raises `ConfigError` for a directory that is no checkpoint of a supported kind."""
     file = directory / "config.json"
     try:
-        tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        tree: Any = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"model.path={directory}: no config.json; give a Hugging Face checkpoint directory") from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: not JSON: {error}") from None
-    absent = [key for key in REQUIRED if not isinstance(tree.get(key), int)]
-    if absent:
-        raise ConfigError(f"{file}: {', '.join(absent)} missing; only text decoders like Llama and Qwen2 are supported")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: not readable JSON: {error}") from None
+    _require_sizes(file, tree)
     rescaled = [f"{key}={tree[key]}" for key in RESCALED if tree.get(key) not in (None, 0, 1)]
     if str(tree.get("model_type")).startswith(SCALED_EMBEDDINGS):
         rescaled.append(f"model_type={tree['model_type']} (scaled embeddings)")
@@ -91,7 +90,7 @@ def read_model_facts(directory: Path) -> ModelFacts:
         )
     heads = tree["num_attention_heads"]
     return ModelFacts(
-        architecture=(tree.get("architectures") or ["unknown"])[0],
+        architecture=next(iter(tree.get("architectures") or ()), "unknown"),
         vocab_size=tree["vocab_size"],
         hidden_size=tree["hidden_size"],
         intermediate_size=tree["intermediate_size"],
@@ -103,3 +102,18 @@ def read_model_facts(directory: Path) -> ModelFacts:
         tied_embeddings=bool(tree.get("tie_word_embeddings", False)),
         has_weights=has_weights,
     )
+
+
+def _require_sizes(file: Path, tree: Any) -> None:
+    """Raise `ConfigError` for a `config.json` without the sizes of a decoder, or with some that no model can have."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: expected an object, found {type(tree).__name__}")
+    absent = [key for key in REQUIRED if tree.get(key) is None]
+    if absent:
+        raise ConfigError(f"{file}: {', '.join(absent)} missing; only text decoders like Llama and Qwen2 are supported")
+    given = {key: tree[key] for key in (*REQUIRED, *OPTIONAL) if tree.get(key) is not None}
+    wrong = [f"{key}={value!r:.40}" for key, value in given.items() if type(value) is not int or value < 1]
+    if wrong:
+        raise ConfigError(f"{file}: {', '.join(wrong)}: expected whole numbers from 1; restore the model's own file")
+    if not isinstance(tree.get("architectures") or [], list):
+        raise ConfigError(f"{file}: architectures={tree['architectures']!r:.80}: expected a list of names")

@@ -156,7 +156,10 @@ def resolve_model_dir(model: ModelConfig) -> Path | None:
 
     Raises `ConfigError` for a local path that does not exist.
     """
-    path = Path(model.path).expanduser()
+    try:
+        path = Path(model.path).expanduser()
+    except RuntimeError as error:  # `~nobody/model`
+        raise ConfigError(f"model.path={model.path}: {error}; write the path from the root") from None
     if path.is_dir():
         return path
     parts = model.path.split("/")
@@ -165,12 +168,17 @@ def resolve_model_dir(model: ModelConfig) -> Path | None:
             f"model.path={model.path}: no such directory; give a checkpoint directory or a hub name (OWNER/NAME)"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model.path, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
+    except HFValidationError as error:
+        raise ConfigError(
+            f"model.path={model.path}: no such directory, and no name of the hub ({error}); give a checkpoint "
+            "directory or OWNER/NAME"
+        ) from None
 
 
 def end_of_thinking_id(model: ModelConfig, tokenizer: PromptTokenizer, vocabulary: int) -> int:

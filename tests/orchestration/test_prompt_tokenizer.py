@@ -203,8 +203,8 @@ def test_the_end_of_thinking_is_one_known_id(tmp_path: Path) -> None:
 def test_model_paths(tmp_path: Path) -> None:
     assert resolve_model_dir(ModelConfig(path=str(tmp_path))) == tmp_path
     assert resolve_model_dir(ModelConfig(path="no-such-owner/no-such-model")) is None
-    for path in ("/no/such/model", "./model", "model", "a/b/c"):
-        with pytest.raises(ConfigError, match="no such directory"):
+    for path in ("/no/such/model", "./model", "model", "a/b/c", "a b/c", "foo/bar--baz", "~no-such-user/m"):
+        with pytest.raises(ConfigError, match=r"no such directory|from the root"):
             resolve_model_dir(ModelConfig(path=path))
 
 
@@ -223,6 +223,19 @@ def test_model_facts(tiny_model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"vocab_size": 10}', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"hidden_size.* missing"):
         read_model_facts(tmp_path)
+    for change, message in (
+        ({"num_attention_heads": 0}, "num_attention_heads=0: expected whole numbers from 1"),
+        ({"vocab_size": True}, "vocab_size=True: expected whole numbers from 1"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads='2': expected whole numbers from 1"),
+        ({"architectures": "LlamaForCausalLM"}, "expected a list of names"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
+        with pytest.raises(ConfigError, match=message):
+            read_model_facts(tmp_path)
+    for content, message in (("[1]", "expected an object, found list"), ("[" * 100_000, "not readable JSON")):
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ConfigError, match=message):
+            read_model_facts(tmp_path)
     (tmp_path / "config.json").write_text((tiny_model_dir / "config.json").read_text(), encoding="utf-8")
     assert not read_model_facts(tmp_path).has_weights
     (tmp_path / "pytorch_model.bin").touch()
