@@ -24,6 +24,7 @@ from learner.advantage import group_advantage
 from learner.aggregation import sequence_weights
 from learner.packing import ReplayBatch, plan_packs
 from learner.spec import LearnerSpec, ReplayError, ScoredGroup
+from rollout.soft_token import perturbed_values
 from rollout.trajectory import Kind, Trajectory, TrajectoryError
 from rollout.trajectory_check import validate
 
@@ -184,7 +185,7 @@ def _candidates(t: Trajectory, spec: LearnerSpec) -> dict[str, np.ndarray]:
     """The [S, K] columns, with what was perturbed and which candidates were retained."""
     present = t.candidate_logprobs > -np.inf
     raw = spec.noise in ("gaussian", "dirichlet")
-    perturbed = t.noise if raw else t.candidate_logprobs + np.float32(spec.noise_scale) * t.noise
+    perturbed = t.noise if raw else _rebuilt(t, spec.noise_scale)
     # In the faithful mode filtered candidates stay in the mixture at log(epsilon).
     floor = np.log(spec.log_epsilon) + 1e-3 if spec.log_epsilon > 0 else -np.inf
     return {
@@ -194,6 +195,11 @@ def _candidates(t: Trajectory, spec: LearnerSpec) -> dict[str, np.ndarray]:
         "perturbed": np.where(present, perturbed, np.float32(-np.inf)),
         "retained": t.candidate_logprobs > floor,
     }
+
+
+def _rebuilt(t: Trajectory, noise_scale: float) -> np.ndarray:
+    """[S, K] what the sampler compared with the threshold; columns are copied, torch warns of read-only memory."""
+    return perturbed_values(torch.tensor(t.candidate_logprobs), torch.tensor(t.noise), noise_scale).numpy()
 
 
 def needs_all_samples(spec: LearnerSpec) -> bool:
@@ -239,4 +245,5 @@ def _step_metrics(samples: Sequence[Sample], refusals: Sequence[str]) -> dict[st
         "learner/groups": float(len(by_group)),
         "learner/zero_advantage_groups": float(sum(by_group.values())),
         "learner/tokens": float(sum(sample.num_rows + 1 for sample in samples)),
+        "learner/oldest_version": float(min(sample.trajectory.versions.min() for sample in samples)),
     }

@@ -7,9 +7,9 @@ Source: SofT-GRPO (Zheng & Lee 2025, arXiv 2511.06411), section 3; the V-wide no
 l is renormalised over the retained candidates. The engine calls `sample_soft_tokens` itself: there is one sampler.
 
 Rounding. Everything after the top-k is [B, K] and done in fp64, so that which candidates survive and how they are
-ordered does not hang on the order of an fp32 sum; l and the noise are rounded once to fp32, g = l + s * e is an fp32
-expression of these two *rounded* numbers (whoever stores l and e rebuilds g to the bit), weights are rounded once.
-Equal logits, common in bf16, are ordered by token id. No host synchronisation, no data-dependent shapes.
+ordered does not hang on the order of an fp32 sum; l and the noise are rounded once to fp32, `perturbed_values` makes g
+of these two *rounded* numbers (whoever stores l and e rebuilds g to the bit), weights are rounded once. Equal logits,
+common in bf16, are ordered by token id. No host synchronisation, no data-dependent shapes.
 """
 
 from __future__ import annotations
@@ -178,10 +178,19 @@ def _perturb(
         draws = draws.clamp(*params.noise_clip)
     if params.noise == "gumbel":
         draws = draws.masked_fill(~mixed | greedy, 0.0)
-        scale = params.noise_scale
-        return draws, rounded + draws * (scale.to(torch.float32)[:, None] if isinstance(scale, Tensor) else scale)
+        return draws, perturbed_values(rounded, draws, params.noise_scale)
     draws = draws.masked_fill(greedy, 1.0)
     return draws.masked_fill(~mixed, 0.0), draws.masked_fill(~mixed, -math.inf)
+
+
+def perturbed_values(logprobs: Tensor, noise: Tensor, noise_scale: float | Tensor) -> Tensor:
+    """g = l + noise_scale * e of fp32 l and e [B, K], to the bit on every machine; the scale is one number or [B].
+
+    Of three fp32 numbers the product is exact in fp64, so that a compiler may fuse it with the sum or not; in fp32 it
+    would change the last bit, and the learner could find the heaviest candidate below its own threshold.
+    """
+    scale = torch.as_tensor(noise_scale, dtype=torch.float32, device=noise.device).to(torch.float64)
+    return (logprobs.to(torch.float64) + noise.to(torch.float64) * scale[..., None]).to(torch.float32)
 
 
 def _draw(logprobs: Tensor, ids: Tensor, mixed: Tensor, params: SoftTokenParams, noise: NoiseSource) -> Tensor:

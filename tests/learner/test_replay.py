@@ -11,6 +11,8 @@ import torch
 
 from learner.replay import pack_samples, plan_step, rank_batches, read_groups
 from learner.spec import ReplayError, ScoredGroup
+from rollout.noise import CounterNoise
+from rollout.soft_token import SoftTokenParams, sample_soft_tokens
 from rollout.trajectory import Kind, pack, unpack
 from tests.learner.handmade import learner_spec, make_group, make_trajectory
 
@@ -74,6 +76,28 @@ def test_temperatures_follow_the_kind_and_forced_positions_are_left_out() -> Non
     control = dataclasses.replace(spec, likelihood="none")
     samples, _ = read_groups([ScoredGroup("g", pack([t]), (0.0,), (True,))], control, V)
     assert pack_samples(samples, control).kinds.tolist() == [Kind.ENDED] + [Kind.DISCRETE] * 3
+
+
+def test_what_was_perturbed_is_rebuilt_to_the_bit() -> None:
+    """At delta 1 the threshold is the heaviest value itself: one bit off, and no candidate is left."""
+    count = 200
+    logits = torch.randn(count, V, generator=torch.Generator().manual_seed(0))
+    params = SoftTokenParams(noise_scale=0.7, censor_delta=1.0)
+    drawn = sample_soft_tokens(logits, params, CounterNoise(torch.arange(count), torch.zeros(count, dtype=torch.int64)))
+    assert drawn.threshold is not None
+    t = dataclasses.replace(
+        make_trajectory(np.random.default_rng(0), "g/0", [10], thinking=count),
+        candidate_ids=drawn.ids.numpy(),
+        candidate_logprobs=drawn.logprobs.numpy(),
+        noise=drawn.noise.numpy(),
+        weights=drawn.weights.numpy(),
+        censor_threshold=drawn.threshold.numpy(),
+    )
+    spec = dataclasses.replace(SPEC, noise_scale=0.7, max_new_tokens=2 * count)
+    (sample,), _ = read_groups([ScoredGroup("g", pack([t]), (0.0,), (True,))], spec, V)
+    batch = pack_samples([sample], spec)
+    assert torch.equal(batch.perturbed, drawn.perturbed)
+    assert torch.equal((batch.perturbed >= batch.threshold[:, None]).sum(1), torch.ones(count, dtype=torch.int64))
 
 
 def test_bad_rows_are_named_and_the_rest_kept() -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,18 @@ def test_shape_of_every_output(seed: int, family: str, log_epsilon: float) -> No
         assert torch.allclose(tokens.logprobs[out], torch.tensor(math.log(1e-6)))
     if family == "gumbel":
         assert torch.equal(tokens.perturbed[tokens.retained], (tokens.logprobs + tokens.noise)[tokens.retained])
+
+
+@pytest.mark.parametrize("scale", [0.7, torch.full((300,), 0.7)], ids=["one number", "per row"])
+def test_the_perturbed_values_are_exact_but_for_one_rounding(scale: float | torch.Tensor) -> None:
+    """So they do not hang on whether a compiler fuses the product with the sum."""
+    params = SoftTokenParams(noise_scale=scale, censor_delta=1.0)
+    tokens = sample_soft_tokens(torch.randn(300, 30, generator=torch.Generator().manual_seed(0)), params, rows(300))
+    exact_scale = Fraction(torch.tensor(0.7).item())
+    kept = tokens.retained
+    pairs = zip(tokens.logprobs[kept].tolist(), tokens.noise[kept].tolist(), strict=True)
+    exact = [float(Fraction(logprob) + exact_scale * Fraction(draw)) for logprob, draw in pairs]
+    assert torch.equal(tokens.perturbed[kept], torch.tensor(exact, dtype=torch.float64).float())
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
