@@ -38,7 +38,10 @@ class CollapseWatch:
         (kl_before, entropy_before), (kl_after, entropy_after) = (
             tuple(fmean(column) for column in zip(*part, strict=True)) for part in (steps[:third], steps[-third:])
         )
-        if kl_after < KL_GROWTH * kl_before or entropy_after < ENTROPY_GROWTH * entropy_before:
+        # Signed estimates (k1) may be below 0 on average: growing there is falling.
+        if kl_after <= 0 or kl_after < KL_GROWTH * max(kl_before, 0.0):
+            return None
+        if entropy_after < ENTROPY_GROWTH * entropy_before:
             return None
         self._history.clear()
         return (

@@ -42,6 +42,8 @@ def test_the_published_signature_warns_once_per_window() -> None:
         ((0.01, 0.01), (0.4, 0.6)),
         ((0.01, 0.03), (0.4, 0.4)),
         ((0.0, 0.0), (0.4, 0.8)),  # no reference policy
+        ((-0.0010, -0.0011), (0.4, 0.8)),  # signed estimates: it falls
+        ((-0.0010, -0.0001), (0.4, 0.8)),
     ],
 )
 def test_either_alone_does_not(kl: tuple[float, float], entropy: tuple[float, float]) -> None:
