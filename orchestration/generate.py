@@ -79,7 +79,8 @@ def main(arguments: Sequence[str]) -> int:
 def read_prompts(path: Path) -> list[Prompt]:
     """Prompts of a file; raises `ConfigError` naming the line that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:  # unlike splitlines() it leaves U+2028 and its like in a line
+            lines = [line.rstrip("\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     prompts = [_parse_prompt(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -225,17 +226,25 @@ def _parse_prompt(path: Path, number: int, line: str) -> Prompt:
         return Prompt(f"line-{number}", [_user(line)])
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{number}: not JSON ({error.msg}); give one object per line") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}:{number}: not JSON ({error}); give one object per line") from None
     if not isinstance(record, dict):
         raise ConfigError(f"{path}:{number}: expected an object, found {type(record).__name__}")
     prompt_id = str(record.get("id", f"line-{number}"))
     if isinstance(record.get("messages"), list) and record["messages"]:
-        return Prompt(prompt_id, [{"role": str(m["role"]), "content": str(m["content"])} for m in record["messages"]])
+        return Prompt(prompt_id, [_parse_message(message, f"{path}:{number}") for message in record["messages"]])
     for name in PROMPT_FIELDS:
         if isinstance(record.get(name), str) and record[name].strip():
             return Prompt(prompt_id, [_user(record[name])])
     raise ConfigError(f"{path}:{number}: no prompt; give one of {', '.join(PROMPT_FIELDS)} or messages")
+
+
+def _parse_message(message: Any, where: str) -> dict[str, str]:
+    fields = message if isinstance(message, dict) else {}
+    role, content = fields.get("role"), fields.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ConfigError(f"{where}: message {message!r:.80} needs role and content, both texts")
+    return {"role": role, "content": content}
 
 
 def _user(text: str) -> dict[str, str]:
@@ -244,7 +253,10 @@ def _user(text: str) -> dict[str, str]:
 
 def _output(path: Path | None) -> Any:
     output: IO[str] | nullcontext[IO[str]]
-    output = nullcontext(sys.stdout) if path is None else path.open("w", encoding="utf-8")
+    try:
+        output = nullcontext(sys.stdout) if path is None else path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {path}: cannot be written: {error.strerror}") from None
     return output
 
 

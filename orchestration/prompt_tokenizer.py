@@ -97,9 +97,15 @@ class PromptTokenizer:
                 add_generation_prompt=True,
                 **self.special_tokens,
             )
+            text.encode()
         except TemplateError as error:
             raise ConfigError(
                 f"model.path={self.directory}: its chat template refuses {messages[-1]['content'][:60]!r}: {error}"
+            ) from None
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"a prompt holds {text[error.start]!r}, half of a character, which is no text: "
+                f"{messages[-1]['content'][:60]!r}; remove it"
             ) from None
         return text
 

@@ -13,7 +13,7 @@ import pytest
 
 from orchestration.chain_task import question_text
 from orchestration.config import ConfigError
-from orchestration.generate import Prompt, make_requests, prepare, read_prompts, soft_trace
+from orchestration.generate import Prompt, main, make_requests, prepare, read_prompts, soft_trace
 from orchestration.tiny_model import TinyModelShape, build_tiny_model
 from rollout.request import RolloutRequest
 from tests.orchestration.test_evaluation_store import trajectory
@@ -65,6 +65,11 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         ('{"answer": "no prompt"}', "jsonl:1: no prompt"),
         ("not json", "jsonl:1: not JSON"),
         ("[1]", "expected an object"),
+        ('{"messages": [{"content": "x"}]}', "jsonl:1: message {'content': 'x'} needs role and content"),
+        ('{"messages": ["hi"]}', "jsonl:1: message 'hi' needs role and content"),
+        ('{"messages": [{"role": "user", "content": 5}]}', "needs role and content"),
+        ('{"prompt": ' + "7" * 5000 + "}", "jsonl:1: not JSON"),
+        ("[" * 100_000, "jsonl:1: not JSON"),
         ("", "holds no prompt"),
         ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}', "ids repeat"),
     ],
@@ -74,6 +79,24 @@ def test_bad_files_are_named_by_line(content: str, message: str, tmp_path: Path)
     path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         read_prompts(path)
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    texts = ["one\u2028line", "one\x85line\u2029"]
+    path.write_bytes("\r\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts).encode())
+    assert [prompt.messages[0]["content"] for prompt in read_prompts(path)] == texts
+
+
+def test_half_a_character_is_no_prompt(model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'\\ud800', half of a character"):
+        prepare(str(model_dir), None, [], prompts("1 2 = \ud800"), "soft")
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_engine_starts(model_dir: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(model_dir), "--prompt", "1 2 =", "--output", str(tmp_path / "absent" / "o.jsonl")]
+    with pytest.raises(ConfigError, match=r"--output .*o\.jsonl: cannot be written: No such file"):
+        main(arguments)
 
 
 def test_answers_get_the_room_that_the_model_has(model_dir: Path) -> None:
