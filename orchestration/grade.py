@@ -3,13 +3,14 @@
     {id, response, gold, rule?}  --one JSON object per line-->  {id, verdict, reward, extracted, seconds[, detail]}
 
 Input may also have `finish_reason` (stop | length) and `num_tokens`, which some rules look at. All lines are checked
-before the first is graded; the output appears complete or not at all.
+before the first is graded, gold answers as those of training are; the output appears complete or not at all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.config import ConfigError
-from reward.audit import check_rules
+from orchestration.user_rule import check_user_rule
+from reward.audit import audit_gold, check_rules
 from reward.extraction import Answer
-from reward.rules import Gold, RuleError
+from reward.rules import Gold, RuleError, parse_rule
 from reward.verdict import Grade, Verdict
 from reward.verifier import Verifier, VerifierSpec
 
@@ -110,19 +112,30 @@ def _format_grade(identifier: str | int, grade: Grade) -> str:
 
 def _check_input(path: Path, rule: str, spec: VerifierSpec) -> None:
     """Read everything once, collecting what is wrong."""
-    problems: list[str] = []
-    count = 0
+    problems: list[tuple[int, str]] = []
+    numbers: list[int] = []
+    golds: list[Gold] = []
+    rules: list[str] = []
     for number, text in _numbered_lines(path):
-        count += 1
         try:
-            _parse_line(text, rule, spec)
+            line = _parse_line(text, rule, spec)
         except (ValueError, RecursionError) as error:
-            problems.append(f"{path}:{number}: {error}")
-    if not count:
+            problems.append((number, str(error)))
+            continue
+        numbers.append(number)
+        golds.append(line.gold)
+        rules.append(line.rule)
+    if not numbers and not problems:
         raise GradeInputError(f"{path}: holds no lines; give one JSON object with id, response and gold per line")
+    if spec.user_rule and any(term.name == "user" for used in set(rules) for term in parse_rule(used)):
+        check_user_rule(spec.user_rule)
+    for number, gold, used, reason in zip(numbers, golds, rules, audit_gold(golds, rules, spec), strict=True):
+        if reason is not None:
+            problems.append((number, f"gold={gold!r:.80}: {reason} (rule {used}); correct it, or leave the line out"))
     if problems:
+        listed = [f"{path}:{number}: {problem}" for number, problem in sorted(problems)[:MAX_LISTED]]
         more = f"\n... and {len(problems) - MAX_LISTED} more lines" if len(problems) > MAX_LISTED else ""
-        raise GradeInputError("\n".join(problems[:MAX_LISTED]) + more)
+        raise GradeInputError("\n".join(listed) + more)
 
 
 def _read_lines(path: Path, rule: str, spec: VerifierSpec) -> Iterator[_Line]:
@@ -163,8 +176,13 @@ def _parse_line(text: str, default_rule: str, spec: VerifierSpec) -> _Line:
     if not isinstance(response, str):
         raise ValueError(f"response={response!r:.80}: expected a string")
     rule = record.get("rule") or default_rule
+    if not isinstance(rule, str):
+        raise ValueError(f"rule={rule!r:.80}: expected a text such as 'math + 0.1*format'")
     check_rules([rule], user_rule=spec.user_rule)
-    return _Line(identifier, _answer(record, response), _gold(gold), rule)
+    answer = _answer(record, response)
+    if answer.num_tokens is None and any(term.name == "length" for term in parse_rule(rule)):
+        raise ValueError(f"num_tokens missing: the rule {rule} looks at the length of the response")
+    return _Line(identifier, answer, _gold(gold), rule)
 
 
 def _gold(gold: Any) -> Gold:
@@ -199,8 +217,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--user-rule", metavar="MODULE:FUNCTION", help="what the rule `user` calls")
     given = parser.parse_args(arguments)
     for name in ("processes", "deadline_s", "memory_mb"):
-        if getattr(given, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive")
+        if not 0 < getattr(given, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be a positive number")
     spec = VerifierSpec(given.processes, given.deadline_s, given.memory_mb, given.user_rule)
     try:
         check_rules([given.rule], user_rule=spec.user_rule)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from orchestration.cli import main
+from orchestration.config import ConfigError
 from orchestration.grade import GradeInputError, grade_file
 from reward.verdict import Verdict
 from reward.verifier import VerifierSpec
@@ -32,18 +33,17 @@ def test_grades_come_back_in_order(tmp_path: Path) -> None:
         row("e", "nothing here " * 40),
         row("f", r"\boxed{4}", 4, rule="math + length(10, 20)", num_tokens=15),
         row("code", "```python\ndef f(): return 1\n```", {"test_list": ["assert f() == 1"]}, rule="code"),
-        row("bad gold", r"\boxed{4}", r"\boxed{}"),
+        row("no gold needed", r"<think>t</think>\boxed{4}", {"tests": 0}, rule="format"),
     ]
     source, target = write(tmp_path / "in.jsonl", [*rows[:3], "", *rows[3:]]), tmp_path / "out.jsonl"
     summary = grade_file(source, target, spec=SPEC)
     graded = [json.loads(line) for line in target.read_text().splitlines()]
     assert [grade["id"] for grade in graded] == [given["id"] for given in rows]
-    verdicts = ["correct", "incorrect", "timeout", "correct", "unparseable", "correct", "correct", "crash"]
+    verdicts = ["correct", "incorrect", "timeout", "correct", "unparseable", "correct", "correct", "correct"]
     assert [grade["verdict"] for grade in graded] == verdicts
     assert graded[0]["extracted"] == r"6\cdot 7" and graded[5]["reward"] == 0.5
     assert graded[2]["seconds"] >= 1.0 and "killed" in graded[2]["detail"]
-    assert "cannot be parsed" in graded[7]["detail"] and "Traceback" not in graded[7]["detail"]
-    assert summary.num_graded == 8 and summary.verdicts[Verdict.CORRECT] == 4
+    assert summary.num_graded == 8 and summary.verdicts[Verdict.CORRECT] == 5
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -61,6 +61,14 @@ def test_grades_come_back_in_order(tmp_path: Path) -> None:
         ([{"id": 1, "response": 5, "gold": "1"}], "response=5"),
         ([row(1, "x", rule="maths")], "unknown rule 'maths'"),
         ([row(1, "x", rule="user")], "reward.user_rule"),
+        ([row(1, "x", rule=5)], ":1: rule=5: expected a text"),
+        ([row(1, "x", rule=["math"])], ":1: rule=['math']: expected a text"),
+        ([row(1, "x", rule="math + length(10, 20)")], ":1: num_tokens missing"),
+        ([row(1, "x"), row(2, "x", "abc", rule="numeric")], ":2: gold='abc': 'abc' is not a number (rule numeric)"),
+        ([row(1, "x", r"\boxed{}")], r":1: gold='\\boxed{}': empty (rule math); correct it"),
+        ([row(1, "x", {"a": 1})], ":1: gold={'a': 1}: this rule needs a text"),
+        ([row(1, "x", {"a": 1}, rule="code")], ":1: gold={'a': 1}: "),
+        (["{", row(2, "x", "abc", rule="choice"), "["], ":1: not JSON"),
         ([row(1, "x", finish_reason="eos")], "expected stop or length"),
         ([row(1, "x", num_tokens="7")], "expected a whole number"),
         (["x"] * 30, "and 10 more lines"),
@@ -95,3 +103,24 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(source, ["{}"])
     assert main(arguments) == 2
     assert "in.jsonl:1: id, response, gold missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--deadline-s=nan", "--deadline-s must be a positive number"),
+        ("--deadline-s=inf", "--deadline-s must be a positive number"),
+        ("--processes=0", "--processes must be a positive number"),
+    ],
+)
+def test_options_that_no_verifier_could_have(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["grade", "--input", "i.jsonl", "--output", "o.jsonl", option])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_user_rule_is_loaded_before_anything_is_graded(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [row(1, "x", rule="user")])
+    with pytest.raises(ConfigError, match="user_rule=no_such_module:reward: cannot be loaded"):
+        grade_file(source, tmp_path / "out.jsonl", spec=VerifierSpec(1, 1.0, 512, "no_such_module:reward"))
