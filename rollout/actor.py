@@ -33,9 +33,6 @@ from rollout.weights import VERSION_VARIABLE, Shard, WeightManifest
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-_FETCH_DEADLINE_S = 600.0
-"""For the parts of one weight version to arrive on this node; the pool's own deadline is `pipeline.sync_timeout_s`."""
-
 
 class RolloutActor:
     """An async Ray actor around one engine."""
@@ -111,7 +108,7 @@ class RolloutActor:
         def fetch(first: int, count: int) -> list[Part]:
             nonlocal num_bytes
             future = asyncio.run_coroutine_threadsafe(_gather(part_refs[first : first + count]), loop)
-            parts = future.result(_FETCH_DEADLINE_S)
+            parts = future.result()  # the deadline is the pool's, `pipeline.sync_timeout_s`, at which this actor dies
             num_bytes += sum(data.nbytes for part in parts for data in part)
             return parts
 
@@ -180,10 +177,6 @@ class RolloutActor:
     async def engine_stats(self) -> dict[str, float]:
         """Counters of the engine itself, taken between two steps."""
         return await asyncio.wrap_future(self._engine.call(SoftEngine.stats))
-
-    async def shutdown(self, timeout_s: float = 10.0) -> bool:
-        """Stop the engine thread."""
-        return await asyncio.to_thread(self._engine.stop, timeout_s)
 
 
 async def _gather(refs: Sequence[Any]) -> list[Part]:

@@ -1,7 +1,7 @@
 """The thread that owns a `SoftEngine`: it steps the engine, and runs commands between two steps.
 
 Everybody else holds futures: of a request, resolved when it has finished or was cut, or of a command. When the engine
-fails, every one of them is told.
+fails, every one of them is told. The thread ends with its process: pools kill actors, they do not stop them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import concurrent.futures
 import logging
 import queue
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +38,13 @@ class Command:
 
     def fail(self, error: BaseException) -> None:
         """Tell everybody who waits that it will not happen."""
-        for future in self.futures:
-            if not future.done():
-                future.set_exception(EngineError(f"the engine has failed: {error}"))
+        _fail_futures(self.futures, error)
+
+
+def _fail_futures(futures: Iterable[concurrent.futures.Future[Any]], error: BaseException) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(EngineError(f"the engine has failed: {error}"))
 
 
 def pending_future() -> concurrent.futures.Future[Any]:
@@ -59,12 +63,10 @@ class EngineThread:
         self._waiting: dict[str, concurrent.futures.Future[Trajectory]] = {}
         """Futures of running requests; touched by the engine thread only."""
         self.failure: BaseException | None = None
-        self._stopping = False
         self.progress = 0
         """Engine steps and commands so far: a watchdog sees whether this thread moves."""
         self.started: concurrent.futures.Future[SoftEngine] = pending_future()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     def call(self, command: Callable[[SoftEngine], Any], *, vital: bool = False) -> concurrent.futures.Future[Any]:
         """Run `command(engine)` between two steps; if a `vital` one fails, the engine steps no more."""
@@ -134,13 +136,6 @@ class EngineThread:
 
         return self.call(run)
 
-    def stop(self, timeout_s: float) -> bool:
-        """End the thread after its current step; False if that took too long."""
-        self._stopping = True
-        self._commands.put(Command(lambda engine: None))
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
     def _enqueue(self, command: Command) -> None:
         self._commands.put(command)
         if self.failure is not None:  # the queue has no reader any more
@@ -158,7 +153,7 @@ class EngineThread:
             with lean_imports():
                 engine = SoftEngine(self._spec)
             self.started.set_result(engine)
-            while not self._stopping:
+            while True:
                 self._run_commands(engine)
                 if engine.num_unfinished:
                     for trajectory in engine.step():
@@ -166,7 +161,6 @@ class EngineThread:
                         if future is not None:
                             future.set_result(trajectory)
                     self.progress += 1
-            engine.shutdown()
         except BaseException as error:
             # The boundary of the thread: nothing after this line would run, so everybody who waits must be told.
             _logger.exception("the engine thread ends")
@@ -179,7 +173,11 @@ class EngineThread:
                 command = self._commands.get(block=block, timeout=_IDLE_WAIT_S)
             except queue.Empty:
                 return
-            command.run(engine)
+            try:
+                command.run(engine)
+            except BaseException as error:  # it ends the thread, and this command is in no queue any more
+                command.fail(error)
+                raise
             self.progress += 1
             block = False
 
@@ -187,7 +185,6 @@ class EngineThread:
         self.failure = error
         if not self.started.done():
             self.started.set_exception(error)
-        for future in self._waiting.values():
-            future.set_exception(EngineError(f"the engine has failed: {error}"))
+        _fail_futures(self._waiting.values(), error)
         self._waiting.clear()
         self._fail_commands(error)
