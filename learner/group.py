@@ -19,6 +19,7 @@ from typing import Any
 
 from learner.actor import LearnerRank
 from learner.collapse_watch import CollapseWatch
+from learner.mismatch_watch import MismatchWatch
 from learner.saved import until_visible
 from learner.spec import (
     BatchesLost,
@@ -54,6 +55,9 @@ class LearnerGroup:
         self._ranks: list[Any] = []
         self._chain: WeightChain[Any] = WeightChain()
         self._collapse = CollapseWatch()
+        self._mismatch = MismatchWatch(spec.dtype)
+        self._published: int | None = None
+        """Version of the weights that the ranks have now; None where they were not published."""
         self.generation = 0
 
     @property
@@ -72,6 +76,7 @@ class LearnerGroup:
         Raises `LearnerError` if a rank fails or `startup_timeout_s` passes (also while Ray finds no place for it).
         """
         self.kill()
+        self._published = None
         self.generation += 1
         started = time.monotonic()
         deadline = started + self.spec.startup_timeout_s
@@ -115,7 +120,7 @@ class LearnerGroup:
                 (master,) = await self._collect("rendezvous", [self._ranks[0].rendezvous.remote()], deadline)
                 return master
             except LearnerError as error:
-                known = self.generation == 1 or not isinstance(error.__cause__, ray.exceptions.RayActorError)
+                known = self.generation == 1 or not _is_death(error.__cause__)
                 if known or time.monotonic() > noticed:
                     raise
                 logger.warning("%s (is its node lost? trying again)", error)
@@ -144,10 +149,19 @@ class LearnerGroup:
             raise BatchesLost(sorted({group_id for of_rank in lost for group_id in of_rank}))
         calls = [rank.train.remote(step) for rank in self._started()]
         metrics = await self._collect("train", calls, self._deadline(self.spec.step_timeout_s))
-        warning = self._collapse.observe(metrics[0])
-        if warning:
-            logger.warning("step %d: %s", step, warning)
-        return {**metrics[0], "objective/collapse_warning": float(warning is not None)}
+        version, self._published = self._published, None
+        return {**metrics[0], **self._watched(metrics[0], step, version)}
+
+    def _watched(self, metrics: dict[str, float], step: int, version: int | None) -> dict[str, float]:
+        """What the watches say about a step, also logged."""
+        collapse = self._collapse.observe(metrics)
+        for warning in (collapse, self._mismatch.observe(metrics, version)):
+            if warning:
+                logger.warning("step %d: %s", step, warning)
+        said = {"objective/collapse_warning": float(collapse is not None)}
+        if self._mismatch.alarm is not None:
+            said["mismatch/alarm"] = float(self._mismatch.alarm)
+        return said
 
     async def publish(self, version: int) -> PublishedWeights:
         """The current weights, labelled `version`, as objects owned by the caller: they survive the learner.
@@ -174,6 +188,7 @@ class LearnerGroup:
         *parts, last = received[0]
         link = await _result(last)
         self._chain.add(link, parts)
+        self._published = version
         return PublishedWeights(link.manifest, tuple(self._chain.references), tuple(self._chain.links))
 
     async def broadcast(self, manifest: WeightManifest, group: NcclGroup) -> None:
@@ -277,11 +292,16 @@ def _cause(error: BaseException | None) -> BaseException:
     return cause if isinstance(cause, BaseException) else error or RuntimeError("unknown")
 
 
+def _is_death(error: BaseException | None) -> bool:
+    """Whether Ray lost the rank, or killed it for the memory of its node, before the call returned or raised."""
+    from ray.exceptions import RayError, RayTaskError
+
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
+
+
 def _worst(errors: dict[int, BaseException | None]) -> BaseException | None:
     """The death of a rank before the echo of its peers."""
-    from ray.exceptions import RayActorError
-
-    dead = [error for error in errors.values() if isinstance(error, RayActorError)]
+    dead = [error for error in errors.values() if _is_death(error)]
     return next(iter(dead or errors.values()), None)
 
 
@@ -297,7 +317,8 @@ def _describe(
         else:
             cause = _cause(error)
             first_line = (str(cause).strip().splitlines() or [""])[0]
-            parts.append(f"rank {rank} raised {type(cause).__name__}: {first_line}")
+            verb = "died of" if _is_death(error) else "raised"
+            parts.append(f"rank {rank} {verb} {type(cause).__name__}: {first_line}")
     if late:
         parts.append(f"rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late))} not done after {waited:.0f} s")
     return f"learner generation {generation}, phase {phase}: {'; '.join(parts)}; all ranks were killed"

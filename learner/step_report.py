@@ -64,12 +64,12 @@ def step_metrics(
     slowest's and the largest's. Collective.
 
     `mismatch_from_first`: later optimiser steps had no scores of the policy before the step, so that their gap to the
-    engine would include the update.
+    engine would include the update. Where the first step had no positions there is no gap to report.
     """
     metrics = _position_metrics(steps, device)
     if mismatch_from_first:
-        metrics |= dict.fromkeys((name for name in metrics if name.startswith("mismatch/")), 0.0)
         first = _position_metrics(steps[:1], device)
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("mismatch/")}
         metrics |= {name: value for name, value in first.items() if name.startswith("mismatch/")}
     for name in ("policy_loss", "kl_loss", "entropy_loss"):
         metrics[f"objective/{name}"] /= len(steps)

@@ -113,8 +113,11 @@ async def a_dead_rank_is_named(group: LearnerGroup, pid: int, groups: list[Any])
         await group.train(groups, 4)
 
 
-def test_publishing_gives_exactly_the_models_tensors(tiny_model_dir: Path) -> None:
-    """Bit equality with the checkpoint's own tensors, Hugging Face names, no tied copy; a slow rank is named."""
+def test_publishing_gives_exactly_the_models_tensors(tiny_model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bit equality with the checkpoint's own tensors, Hugging Face names, no tied copy; a slow rank is named.
+
+    The step that follows has tokens of that version which no such weights gave; the one after it has other weights.
+    """
     from safetensors.torch import load_file
 
     async def scenario() -> None:
@@ -125,6 +128,9 @@ def test_publishing_gives_exactly_the_models_tensors(tiny_model_dir: Path) -> No
             expected = load_file(tiny_model_dir / "model.safetensors")
             assert set(found) == set(expected) and "lm_head.weight" not in found
             assert all(torch.equal(found[name], expected[name]) for name in expected)
+            steps = [await group.train(in_store([make_group(0, version=0)]), step) for step in (0, 1)]
+            assert [metrics.get("mismatch/alarm") for metrics in steps] == [1.0, None]
+            assert caplog.text.count("engine and learner disagree about tokens of the same weights") == 1
             os.kill(facts["pids"][0], signal.SIGSTOP)
             group.spec = dataclasses.replace(group.spec, sync_timeout_s=1.0)
             with pytest.raises(LearnerError, match=r"phase publish: rank 0 not done after 1 s"):

@@ -1,14 +1,16 @@
-"""What the driver says where ranks take too long or write where it cannot see, without ranks."""
+"""What the driver says where ranks take too long, die or write where it cannot see, without ranks."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from learner import saved
 from learner.group import LearnerGroup
@@ -101,5 +103,62 @@ def test_a_state_on_a_disk_of_its_own_node_is_not_saved(tmp_path: Path, monkeypa
         ):
             await group.save(tmp_path / "there")
         assert group.alive, "it may well go on"
+
+    asyncio.run(scenario())
+
+
+OUT_OF_MEMORY = OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory on the node was 99 %")
+
+
+@pytest.mark.parametrize(
+    ("death", "words"),
+    [
+        (RayActorError(), "rank 1 died"),
+        (OUT_OF_MEMORY, "rank 1 died of OutOfMemoryError: Task was killed due to the node running low on memory."),
+    ],
+)
+def test_a_death_is_the_cause_and_its_echo_is_not(death: RayError, words: str) -> None:
+    async def dies(*_: Any) -> None:
+        await asyncio.sleep(0.1)
+        raise death
+
+    group = FakeGroup(broken, dies)
+    with pytest.raises(LearnerError) as error:
+        asyncio.run(group.start(None))
+    assert error.value.__cause__ is death
+    assert f"rank 0 raised RuntimeError: no such model; {words}; all" in str(error.value)
+
+
+@pytest.mark.parametrize(("error", "tries"), [(OUT_OF_MEMORY, 2), (RayActorError(), 2), (RuntimeError("bug"), 1)])
+def test_a_rank_that_dies_where_it_was_sent_is_sent_again(
+    error: Exception, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a generation has run: its node may be lost. What a rank raises itself it would raise again."""
+    made: list[int] = []
+
+    async def rendezvous() -> tuple[str, int]:
+        if len(made) == 1:
+            raise error
+        return "localhost", 1
+
+    def make(spec: LearnerSpec, rank: int) -> Any:
+        made.append(rank)
+        return SimpleNamespace(rendezvous=SimpleNamespace(remote=rendezvous))
+
+    actor_class = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=make))
+    monkeypatch.setattr("ray.remote", lambda _: actor_class)
+    monkeypatch.setattr("ray.kill", lambda _: None)
+    monkeypatch.setattr("learner.group.PLACE_POLL_S", 0.01)
+
+    async def scenario() -> None:
+        group = LearnerGroup(LearnerSpec(model_path="unused", total_steps=1), {})
+        group.generation = 2
+        deadline = time.monotonic() + 60
+        if tries == 1:
+            with pytest.raises(LearnerError, match="bug"):
+                await group._place_ranks(deadline)
+        else:
+            assert await group._place_ranks(deadline) == ("localhost", 1)
+        assert len(made) == tries
 
     asyncio.run(scenario())

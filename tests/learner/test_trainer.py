@@ -319,6 +319,16 @@ def test_mismatch_is_measured_before_the_step(tiny_model_dir: Path) -> None:
             assert found[1][name] == pytest.approx(found[0][name], rel=1e-4), (old, name)
 
 
+def test_without_positions_in_the_first_mini_batch_no_mismatch_is_reported(tiny_model_dir: Path) -> None:
+    """Equal rewards train nothing; the gap of the second mini-batch includes the step of the first."""
+    equal = dataclasses.replace(make_group(0), rewards=(1.0,) * 4)
+    spec = learner_spec(tiny_model_dir, mini_batches=2, old_log_density="behaviour")
+    metrics = Trainer(spec, rank=0).train([equal, make_group(1)], 0)
+    assert metrics["objective/positions_thinking"] > 0
+    assert [name for name in metrics if name.startswith("mismatch/")] == []
+    assert metrics["learner/oldest_version"] == 0
+
+
 @pytest.mark.parametrize(("tied", "lora_rank"), [(True, None), (False, None), (True, 4)])
 def test_export_loads_in_transformers(tied: bool, lora_rank: int | None, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
