@@ -55,8 +55,9 @@ class Trajectory:
     versions: np.ndarray
     """[T] int64, the policy version each position was sampled under"""
     log_density: np.ndarray
-    """[T] fp32 behaviour log-density: the likelihood's value at soft positions (0 if not computed), the full-vocabulary
-    log-probability of the emitted token at its own temperature elsewhere; 0 at forced positions"""
+    """[T] fp32 behaviour log-density: at soft positions that of the drawn noise under its own family, summed over the
+    retained candidates, whatever the likelihood; elsewhere the full-vocabulary log-probability of the emitted token at
+    its own temperature; 0 at forced positions"""
     candidate_ids: np.ndarray
     """[S, K] int32"""
     candidate_logprobs: np.ndarray
