@@ -14,6 +14,8 @@ from typing import Any, Literal
 from rollout.request import RequestSettings, RolloutRequest
 
 MAX_SEED = 2**63 - 1
+MIN_ANSWER_TEMPERATURE = 0.01
+"""What vLLM raises a positive temperature below it to: tokens would be drawn at another one than they are scored at."""
 
 
 class RequestError(ValueError):
@@ -141,7 +143,12 @@ def _range_problems(spec: EngineSpec, request: RolloutRequest, values: dict[str,
             f"prompt of {prompt_len} tokens plus max_new_tokens={new_tokens} exceeds max_model_len={spec.max_model_len}"
         )
     need(new_tokens >= 1, "max_new_tokens", "at least 1")
-    need(0 <= values["answer_temperature"] < math.inf, "answer_temperature", "must be >= 0 (0 is greedy)")
+    answer_temperature = values["answer_temperature"]
+    need(
+        answer_temperature == 0 or MIN_ANSWER_TEMPERATURE <= answer_temperature < math.inf,
+        "answer_temperature",
+        f"must be 0 (greedy) or at least {MIN_ANSWER_TEMPERATURE}, below which vLLM draws at {MIN_ANSWER_TEMPERATURE}",
+    )
     need(0 < values["answer_top_p"] <= 1, "answer_top_p", "must be in (0, 1]")
     need(values["answer_top_k"] >= -1, "answer_top_k", "at least 1, or -1 for all tokens")
     if request.thinking == "discrete":

@@ -10,6 +10,7 @@ import pytest
 
 import rollout.vllm_sampler
 from rollout.engine import EngineError, EngineSpec, RequestError, RequestSettings, SoftEngine, engine_environment
+from rollout.engine_spec import MIN_ANSWER_TEMPERATURE
 from rollout.request import RolloutRequest
 from rollout.trajectory import Kind, Trajectory, pack, unpack
 from tests.rollout.conftest import (
@@ -251,6 +252,10 @@ def test_weights_change_under_running_requests(start_engine: EngineFactory, pari
         ({"thinking": "Soft"}, {}, "thinking='Soft': soft or discrete"),
         ({}, {"temperature": float("inf")}, "temperature=inf: must be >= 0"),
         ({}, {"temperature": float("nan")}, "temperature=nan: must be >= 0"),
+        ({}, {"answer_temperature": -0.5}, r"answer_temperature=-0.5: must be 0 \(greedy\) or at least 0.01"),
+        ({}, {"answer_temperature": 0.0099}, r"answer_temperature=0.0099: must be 0 \(greedy\) or at least 0.01"),
+        ({"thinking": "discrete"}, {"answer_temperature": 1e-6}, r"answer_temperature=1e-06: must be 0 \(greedy\)"),
+        ({}, {"answer_temperature": float("nan")}, "answer_temperature=nan: must be 0"),
         ({}, {"answer_top_k": -2}, "answer_top_k=-2: at least 1, or -1"),
         ({}, {"answer_top_p": 0.0}, r"answer_top_p=0.0: must be in \(0, 1\]"),
         ({}, {"max_new_tokens": 0}, "max_new_tokens=0: at least 1"),
@@ -267,6 +272,14 @@ def test_a_bad_request_is_refused_alone(
     while engine.num_unfinished:
         finished += engine.step()
     assert [trajectory.request_id for trajectory in finished] == [good.request_id]
+
+
+@pytest.mark.parametrize("temperature", [0.0, MIN_ANSWER_TEMPERATURE, 1.0])
+def test_vllm_draws_at_every_temperature_that_is_let_through(temperature: float) -> None:
+    from vllm import SamplingParams
+
+    assert SamplingParams(temperature=temperature).temperature == temperature
+    assert SamplingParams(temperature=MIN_ANSWER_TEMPERATURE / 2).temperature == MIN_ANSWER_TEMPERATURE
 
 
 def test_a_running_request_is_not_added_twice(engine: SoftEngine) -> None:
