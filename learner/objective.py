@@ -61,11 +61,6 @@ class ObjectiveSettings:
         return "all" if self.kl_estimator == "exact_vocabulary" else "discrete"
 
     @property
-    def needs_every_position(self) -> bool:
-        """Whether positions with zero advantage have a gradient too."""
-        return self.kl_coefficient > 0 or self.entropy_bonus > 0
-
-    @property
     def loss_options(self) -> dict[str, Any]:
         """Keyword arguments of the policy loss."""
         if self.policy_loss == "sapo":

@@ -161,12 +161,3 @@ def _cost(lengths: Sequence[int], members: Sequence[int]) -> float:
 def sequence_cost(length: int) -> float:
     """Relative cost of a sequence: linear in its rows, plus attention, which doubles it at QUADRATIC_LENGTH rows."""
     return length + length**2 / QUADRATIC_LENGTH
-
-
-def packed_positions(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(position_ids [L] int64, from 0 in every sequence; cu_seqlens [B + 1] int32) of sequences one after another."""
-    counts = torch.tensor(list(lengths), dtype=torch.int64)
-    boundaries = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-    boundaries[1:] = counts.cumsum(0)
-    positions = torch.arange(int(boundaries[-1])) - torch.repeat_interleave(boundaries[:-1], counts)
-    return positions, boundaries.to(torch.int32)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from learner.attention import attention_inputs, use_packed_attention
-from learner.packing import packed_positions, plan_packs
+from learner.packing import plan_packs
 from tests.benchmarks._timing import best_ratio, interleaved
 from tests.benchmarks.row import Row
+from tests.learner.sequences import packed_positions
 
 SEQUENCES, PADDED_BATCH, TOKEN_BUDGET, LONGEST = 32, 8, 2048, 1024
 WIDTH, LAYERS = 256, 4

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from learner.packing import ReplayBatch, packed_positions
+from learner.packing import ReplayBatch
 from rollout.trajectory import Kind
 
 CANDIDATES = 5
@@ -78,6 +79,15 @@ def random_sequences(
             )
         )
     return sequences
+
+
+def packed_positions(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(position_ids [L] int64, from 0 in every sequence; cu_seqlens [B + 1] int32) of sequences one after another."""
+    counts = torch.tensor(list(lengths), dtype=torch.int64)
+    boundaries = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    boundaries[1:] = counts.cumsum(0)
+    positions = torch.arange(int(boundaries[-1])) - torch.repeat_interleave(boundaries[:-1], counts)
+    return positions, boundaries.to(torch.int32)
 
 
 def pack(sequences: list[Replayed], position_weights: list[float]) -> ReplayBatch:

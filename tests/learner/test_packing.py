@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import LlamaModel
 
 from learner.attention import PACKED_ATTENTION, attention_inputs, packed_attention, use_packed_attention
-from learner.packing import packed_positions, plan_packs, sequence_cost
+from learner.packing import plan_packs, sequence_cost
+from tests.learner.sequences import packed_positions
 from tests.tiny_models import tiny_llama
 
 
@@ -55,15 +56,6 @@ def test_ranks_have_about_the_same_cost(ranks: int) -> None:
 def test_a_single_pass_is_split_for_two_ranks() -> None:
     plan = plan_packs([10, 10, 10, 10], token_budget=100, num_ranks=2)
     assert [[len(chosen) for chosen in passes] for passes in plan] == [[2], [2]]
-
-
-def test_positions_and_boundaries() -> None:
-    positions, boundaries = packed_positions([3, 1, 2])
-    assert positions.tolist() == [0, 1, 2, 0, 0, 1]
-    assert boundaries.tolist() == [0, 3, 4, 6]
-    positions, boundaries = packed_positions([])
-    assert positions.tolist() == []
-    assert boundaries.tolist() == [0]
 
 
 def tiny_body(dtype: torch.dtype, **options: object) -> LlamaModel:
