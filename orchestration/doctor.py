@@ -177,7 +177,7 @@ def check_disk(places: Sequence[Path]) -> Iterator[Finding]:
     for place in places:
         existing = next(parent for parent in [place.absolute(), *place.absolute().parents] if parent.is_dir())
         usage = shutil.disk_usage(existing)
-        used = 1 - usage.free / usage.total
+        used = 1 - usage.free / max(usage.total, 1)  # /proc and its like have no size
         detail = f"{usage.free / GIB:.1f} GiB free ({used:.0%} used)"
         name = f"disk of {place}"
         if not os.access(existing, os.W_OK):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import os
 import socket
@@ -75,8 +76,12 @@ def check_head(address: str | None) -> Iterator[Finding]:
 
 def check_mlflow(uri: str | None) -> Iterator[Finding]:
     """The tracking store. A dead server costs a run nothing but lag, so it is a warning."""
-    parts = urlsplit(uri or "")
     shown = redact_text(uri or "")
+    try:
+        parts = urlsplit(uri or "")
+    except ValueError as error:
+        yield Finding("mlflow", "fail", f"{shown}: {error}", "correct MLFLOW_TRACKING_URI, or --mlflow")
+        return
     if not uri:
         yield Finding("mlflow", "ok", "sqlite beside the run directory")
     elif parts.scheme in ("http", "https"):
@@ -112,8 +117,10 @@ def _listens(port: int) -> bool:
 
 
 def _bearer() -> dict[str, str]:
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or str(Path.home() / ".ray" / "auth_token")
-    token = os.environ.get("RAY_AUTH_TOKEN") or (Path(path).read_text().strip() if Path(path).is_file() else "")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    token = os.environ.get("RAY_AUTH_TOKEN", "")
+    if not token and path.is_file() and os.access(path, os.R_OK):
+        token = path.read_text(encoding="utf-8", errors="replace").strip()
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
@@ -131,15 +138,15 @@ def _without_credentials(uri: str) -> str:
 
 def _get(url: str, headers: dict[str, str]) -> tuple[int, str]:
     """(status, body); (0, reason) where nobody answers within the deadline."""
-    if urlsplit(url).scheme not in ("http", "https"):
-        return 0, "not an http address"
-    request = urllib.request.Request(url, headers=headers)
     try:
+        if urlsplit(url).scheme not in ("http", "https"):
+            return 0, "not an http address"
+        request = urllib.request.Request(url, headers=headers)
         with urllib.request.urlopen(request, timeout=PROBE_DEADLINE_S) as answer:
             return answer.status, answer.read(65536).decode(errors="replace")
     except urllib.error.HTTPError as error:
         return error.code, str(error.reason)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return 0, str(error)
 
 

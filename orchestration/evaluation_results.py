@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
@@ -12,12 +13,15 @@ from orchestration.evaluation_store import ResultDirectory
 from orchestration.evaluation_summary import (
     ArmStatistics,
     Comparison,
+    Questions,
     arm_statistics,
     compare,
     comparison_lines,
     statistics_table,
 )
 from orchestration.run_state import write_atomically
+
+logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 
@@ -26,13 +30,16 @@ ResultArm = tuple[ResultDirectory, str | None]
 
 
 def summarise(result: ResultDirectory) -> list[str]:
-    """Write `results.json` from the stored rows and return the tables."""
+    """Write `results.json` from the stored rows and return the tables; an unfinished arm is in neither."""
     settings = result.settings()
     samples = {
         (benchmark, arm): result.samples(benchmark, arm)
         for benchmark in settings["benchmarks"]
         for arm in settings["arms"]
         if result.parts(benchmark, arm)
+    }
+    samples = {
+        pair: questions for pair, questions in samples.items() if _is_finished(result, settings, pair, questions)
     }
     statistics = {pair: arm_statistics(questions) for pair, questions in samples.items()}
     comparisons = [
@@ -70,7 +77,7 @@ def compare_results(a: ResultArm, b: ResultArm) -> list[str]:
             raise ConfigError(f"{benchmark}: the two results asked different questions or graded by different rules")
         for left_arm, right_arm in _arm_pairs(first["arms"], second["arms"], a[1], b[1]):
             left, right = a[0].samples(benchmark, left_arm), b[0].samples(benchmark, right_arm)
-            if not left or not right:
+            if not left.keys() & right.keys():
                 continue
             if difference := _decoding_difference(first["arms"][left_arm], second["arms"][right_arm]):
                 lines.append(f"note: decoding is not matched: {difference}")
@@ -78,6 +85,20 @@ def compare_results(a: ResultArm, b: ResultArm) -> list[str]:
     if not comparisons:
         raise ConfigError(f"{a[0].path} and {b[0].path} share no benchmark and arm with answers")
     return [*dict.fromkeys(lines), "", *comparison_lines(comparisons)]
+
+
+def _is_finished(
+    result: ResultDirectory, settings: Mapping[str, Any], pair: tuple[str, str], questions: Questions
+) -> bool:
+    """Whether every sample of every question is there; statistics of some would pass for those of all."""
+    wanted, samples = settings["benchmarks"][pair[0]]["questions"], settings["shared"]["samples"]
+    done = sum(len(found) == samples for found in questions.values())
+    if done < wanted:
+        logger.warning(
+            "%s: %s, %s is left out: %d of %d questions are answered; the same `softgrpo evaluate` command goes on",
+            *(result.path, *pair, done, wanted),
+        )
+    return done == wanted
 
 
 def _best_temperatures(statistics: Mapping[tuple[str, str], ArmStatistics]) -> list[str]:

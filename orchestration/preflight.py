@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 POOLS = ("learner", "rollout", "verifier")
 REPORT_EVERY_S = 15.0
 DASHBOARD_DEADLINE_S = 20
+MAX_REASON_CHARS = 300
 ROUNDING = 1e-6
 
 
@@ -208,11 +209,20 @@ def cluster_nodes() -> list[NodeRoom]:
 
 
 def dashboard_nodes(address: str) -> list[NodeRoom]:
-    """The live nodes as the dashboard at this address shows them; what other jobs hold it does not tell."""
-    from ray.util.state import list_nodes
+    """The live nodes as the dashboard at this address shows them; what other jobs hold it does not tell.
 
+    Raises `ConfigError` where it does not answer.
+    """
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        alive = list_nodes(address, filters=[("state", "=", "ALIVE")], limit=10_000, timeout=DASHBOARD_DEADLINE_S)
+    except (RayStateApiException, OSError) as error:  # no RayError; requests' errors are OSErrors
+        reason = " ".join(str(error).split())[:MAX_REASON_CHARS]
+        raise ConfigError(f"{address}: the dashboard does not list its nodes ({reason})") from None
     nodes = []
-    for node in list_nodes(address, filters=[("state", "=", "ALIVE")], limit=10_000, timeout=DASHBOARD_DEADLINE_S):
+    for node in alive:
         has, label = node.resources_total, (node.labels or {}).get(POOL_LABEL)
         cpus, gpus = float(has.get("CPU", 0)), float(has.get("GPU", 0))
         nodes.append(NodeRoom(cpus, gpus, cpus, gpus, label))

@@ -55,7 +55,11 @@ def main(arguments: Sequence[str]) -> int:
     namespace = _parser().parse_args(list(arguments))
     material = gather(namespace.run, namespace.evaluation)
     output = namespace.output or namespace.run / REPORT
-    output.write_text(make_page(material, namespace.traces), encoding="utf-8")
+    page = make_page(material, namespace.traces)
+    try:
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
     written = [output]
     if material.records:
         picture = namespace.run / "plots" / "curves.png"

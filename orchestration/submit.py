@@ -134,7 +134,12 @@ def plan_submission(
 def find_address(given: str | None) -> str:
     """The dashboard's address: the option, Ray's variables, or the local head. Raises `ConfigError`."""
     address = given or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or DEFAULT_ADDRESS
-    if urlsplit(address).scheme not in ("http", "https"):
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is no number
+        usable = False
+    if not usable:
         raise ConfigError(f"--address {address}: give the dashboard's address, such as {DEFAULT_ADDRESS}")
     return address
 

@@ -101,7 +101,7 @@ def test_shared_memory(free: int, state: str, monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.mark.parametrize(
     ("total", "free", "state"),
-    [(100, 50, "ok"), (100, 3, "warn"), (1000, 40, "warn"), (100, 0.5, "fail")],
+    [(100, 50, "ok"), (100, 3, "warn"), (1000, 40, "warn"), (100, 0.5, "fail"), (0, 0, "fail")],
 )
 def test_disks(total: float, free: float, state: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = Usage(total * GIB, (total - free) * GIB, free * GIB)
@@ -193,6 +193,12 @@ def test_other_mlflow_stores(tmp_path: Path) -> None:
     assert only(doctor.check_mlflow(f"sqlite:///{tmp_path}/absent/mlflow.db")).state == "fail"
     assert "use sqlite" in only(doctor.check_mlflow("./mlruns")).fix
     assert "use sqlite" in only(doctor.check_mlflow(f"file:{tmp_path}")).fix
+
+
+@pytest.mark.parametrize("address", ["http://[bad", "http://127.0.0.1:abc", "http://a b", "http://a\n"])
+def test_an_address_that_is_none_is_a_finding(address: str) -> None:
+    assert only(doctor.check_mlflow(address)).state in ("fail", "warn")
+    assert only(doctor.check_head(address)).state == "fail"
 
 
 def test_heads(server: Any, versions: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:

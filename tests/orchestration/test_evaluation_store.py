@@ -165,6 +165,22 @@ def test_tables_of_one_result(tmp_path: Path) -> None:
     assert [(entry["benchmark"], entry["arm"]) for entry in record["results"]] == [("toy", "soft"), ("toy", "argmax")]
 
 
+def test_an_unfinished_arm_is_in_no_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither where the numbers of samples differ, nor where whole questions are missing."""
+    result = fill(tmp_path, {"a": 4, "b": 1, "c": 0})
+    result.open(SHARED, {"cut": ARM, "few": ARM}, {"toy": BENCHMARK})
+    (row, requests), *_ = calls()
+    for arm, part in (("few", requests), ("cut", requests[:2])):
+        writer = PartWriter(tmp_path / "toy" / arm, 1, END)
+        writer.add(*finished(row, part, 1))
+        writer.flush()
+    assert not any(line.startswith(("toy  few", "toy  cut")) for line in summarise(result))
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["arm"] for entry in record["results"]] == ["soft"]
+    assert "toy, few is left out: 1 of 3 questions" in caplog.text
+    assert "toy, cut is left out: 0 of 3 questions" in caplog.text
+
+
 def test_comparison_of_two_results(tmp_path: Path) -> None:
     a = fill(tmp_path / "a", {"a": 0, "b": 0, "c": 0})
     b = fill(tmp_path / "b", {"a": 4, "b": 3, "c": 2})
@@ -177,6 +193,15 @@ def test_comparison_of_two_results(tmp_path: Path) -> None:
     other.open(SHARED, {"soft": ARM}, {"toy": {**BENCHMARK, "digest": "e"}})
     with pytest.raises(ConfigError, match="different questions"):
         compare_results((a, None), (other, None))
+    halves = []
+    for name, (row, requests) in zip(("d", "e"), calls(), strict=False):
+        halves.append(ResultDirectory(tmp_path / name))
+        halves[-1].open(SHARED, {"soft": ARM}, {"toy": BENCHMARK})
+        writer = PartWriter(tmp_path / name / "toy" / "soft", 1, END)
+        writer.add(*finished(row, requests, 1))
+        writer.flush()
+    with pytest.raises(ConfigError, match="share no benchmark and arm with answers"):
+        compare_results((halves[0], None), (halves[1], None))
 
 
 def config(**sampling: Any) -> Config:

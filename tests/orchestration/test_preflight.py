@@ -6,8 +6,20 @@ import time
 
 import pytest
 
+from orchestration.cluster import describe_cluster
 from orchestration.config import Config, ConfigError, parse_config
-from orchestration.preflight import POOLS, NodeRoom, cluster_nodes, demands, fit, problems, require_room, table
+from orchestration.preflight import (
+    POOLS,
+    NodeRoom,
+    cluster_nodes,
+    dashboard_nodes,
+    demands,
+    fit,
+    problems,
+    require_room,
+    table,
+)
+from tests.orchestration.ray_head import free_ports
 
 
 def recipe(**sections: object) -> Config:
@@ -100,3 +112,14 @@ def test_ray_answers_within_the_deadline_and_keeps_nothing(ray_local: None) -> N
     assert "rollout: 10 x (1 CPU): the nodes hold 7; lower rollout.num_actors" in str(caught.value)
     assert sum(node.cpus for node in cluster_nodes()) == 8
     require_room(recipe(), ("rollout", "verifier"), 5)
+
+
+def test_a_dashboard_that_is_gone_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's error for it is no RayError."""
+    (port,) = free_ports(1)
+    address = f"http://127.0.0.1:{port}"
+    with pytest.raises(ConfigError, match="the dashboard does not list its nodes"):
+        dashboard_nodes(address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    text = describe_cluster(recipe())
+    assert text.startswith(f"{address}: the dashboard does not list") and "checked when the run starts" in text

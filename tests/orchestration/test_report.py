@@ -198,6 +198,12 @@ def test_page_has_its_sections(tmp_path: Path) -> None:
     assert (run / "report.html").read_text(encoding="utf-8") == page, "the run's own evaluation counts once"
     with pytest.raises(ConfigError, match="not a run directory"):
         main([str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"o\.html: cannot be written .*give another --output"):
+        main([str(run), "--output", str(tmp_path / "absent" / "o.html")])
+    part = run / "evaluation" / "toy" / "soft" / "part-000000.parquet"
+    pq.write_table(pq.read_table(part)[1:], part)
+    assert main([str(run)]) == 0, "an evaluation that is still running does not stop a report"
+    assert "toy: unbiased Pass@k" not in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_traces_are_cut_in_the_middle_and_show_removed_candidates(tmp_path: Path) -> None:

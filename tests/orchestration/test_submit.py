@@ -113,8 +113,9 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://cluster:8265")
     assert find_address(None) == "http://cluster:8265"
     assert find_address("https://other") == "https://other"
-    with pytest.raises(ConfigError, match="give the dashboard's address"):
-        find_address("10.0.0.1:6379")
+    for address in ("10.0.0.1:6379", "http://127.0.0.1:abc", "http://[bad", "http://"):
+        with pytest.raises(ConfigError, match="give the dashboard's address"):
+            find_address(address)
 
 
 def test_nobody_listening_is_said_within_seconds() -> None:
