@@ -15,15 +15,17 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from reward import code_tests, confinement
 from reward.extraction import Answer
 from reward.math import GoldError, check_gold, compare
+from reward.program_runner import Runner
 from reward.verdict import Verdict
 from reward.wire import FrameReader, Message, encode
 
+Task = Callable[[Message], Message]
 MAX_DETAIL_CHARS = 4000
 _SUSPICIOUS_SHARE = 0.5
 """Of the memory limit: math-verify swallows MemoryError, so a negative verdict above it is not believed."""
@@ -69,12 +71,18 @@ def run(
     if confined or user_rule is None:
         os.chdir("/")
     ceiling = confinement.apply_limits(limits, may_write=confined)
-    serve(connection, limits, user_rule, ceiling, once=confined)
+    if confined:
+        runner = Runner(limits)
+        confinement.hide_memory()
+        serve(connection, limits, {"code": functools.partial(_program, runner)}, ceiling, once=True)
+        runner.close()
+    else:
+        serve(connection, limits, {**_TASKS, "user": functools.partial(_user, user_rule or "")}, ceiling, once=False)
     os._exit(0)
 
 
 def serve(
-    connection: socket.socket, limits: confinement.Limits, user_rule: str | None, ceiling: int, *, once: bool
+    connection: socket.socket, limits: confinement.Limits, tasks: Mapping[str, Task], ceiling: int, *, once: bool
 ) -> None:
     """Answer until the verifier closes the connection; `ceiling` is the address-space limit in bytes."""
     frames = FrameReader()
@@ -82,7 +90,7 @@ def serve(
         for request in frames.feed(data):
             confinement.limit_cpu(limits)
             began = time.monotonic()
-            reply = _answer(request, user_rule)
+            reply = _answer(request, tasks)
             reply["seconds"] = time.monotonic() - began
             used = confinement.peak_address_space_bytes() - (ceiling - limits.memory_bytes())
             if used > _SUSPICIOUS_SHARE * limits.memory_bytes():
@@ -95,10 +103,10 @@ def serve(
                 return
 
 
-def _answer(request: Message, user_rule: str | None) -> Message:
+def _answer(request: Message, tasks: Mapping[str, Task]) -> Message:
     """The reply to one request; the boundary at which every failure becomes a verdict."""
     try:
-        return _TASKS[request["task"]](request, user_rule)
+        return tasks[request["task"]](request)
     except GoldError as error:
         return {"verdict": Verdict.CRASH, "detail": str(error)}
     except MemoryError:
@@ -107,22 +115,22 @@ def _answer(request: Message, user_rule: str | None) -> Message:
         return {"verdict": Verdict.CRASH, "detail": traceback.format_exc()[-MAX_DETAIL_CHARS:], "retire": True}
 
 
-def _compare(request: Message, _: str | None) -> Message:
+def _compare(request: Message) -> Message:
     return {"verdict": compare(request["answer"], request["gold"])}
 
 
-def _check_gold(request: Message, _: str | None) -> Message:
+def _check_gold(request: Message) -> Message:
     problem = check_gold(request["gold"])
     return {"verdict": Verdict.INCORRECT if problem else Verdict.CORRECT, "detail": problem or ""}
 
 
-def _program(request: Message, _: str | None) -> Message:
-    verdict, detail = code_tests.run_tests(request["program"], code_tests.read_tests(request["gold"]))
+def _program(runner: Runner, request: Message) -> Message:
+    verdict, detail = code_tests.run_tests(request["program"], code_tests.read_tests(request["gold"]), runner)
     return {"verdict": verdict, "detail": detail[-MAX_DETAIL_CHARS:]}
 
 
-def _user(request: Message, user_rule: str | None) -> Message:
-    reward = load_user_rule(user_rule or "")(Answer(**request["answer"]), request["gold"])
+def _user(user_rule: str, request: Message) -> Message:
+    reward = load_user_rule(user_rule)(Answer(**request["answer"]), request["gold"])
     value = float(reward)
     if not math.isfinite(value):
         raise ValueError(f"{user_rule} returned {reward!r}; a reward is a finite number")
@@ -137,12 +145,7 @@ def load_user_rule(name: str) -> Callable[[Answer, Any], float]:
     return rule
 
 
-_TASKS: dict[str, Callable[[Message, str | None], Message]] = {
-    "math": _compare,
-    "check_gold": _check_gold,
-    "code": _program,
-    "user": _user,
-}
+_TASKS: dict[str, Task] = {"math": _compare, "check_gold": _check_gold}
 
 
 def _exit_like(status: int) -> None:

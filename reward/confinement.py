@@ -135,7 +135,12 @@ def drop_capabilities() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.capset(header, (ctypes.c_uint32 * 6)()):
         raise OSError(ctypes.get_errno(), "capset")
-    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    hide_memory()
+
+
+def hide_memory() -> None:
+    """Make this process's memory and environment unreadable for others of its user that lack privileges."""
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def close_all_files(keep: set[int]) -> None:

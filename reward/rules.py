@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from reward.code_tests import MAX_PROGRAM_CHARS, TestsError, extract_program, read_tests
+from reward.code_tests import MAX_PROGRAM_CHARS, TestsError, check_tests, extract_program
 from reward.extraction import MAX_TEXT_CHARS, Answer, extract_answer, refuse_oversized
 from reward.math import expression, gold_expression, gold_text, settle
 from reward.string_match import string_match
@@ -193,7 +193,7 @@ def _check_number(gold: Gold) -> str | None:
 
 def _check_code(gold: Gold) -> str | None:
     try:
-        read_tests(gold)
+        check_tests(gold)
     except TestsError as error:
         return str(error)
     return None

@@ -13,12 +13,15 @@ Message = dict[str, Any]
 
 
 class WireError(ValueError):
-    """Bytes that are not our frames."""
+    """Bytes that are not our frames, or a message that cannot be one."""
 
 
 def encode(message: Message) -> bytes:
-    """One frame; lone surrogates survive as escapes."""
-    body = json.dumps(message, ensure_ascii=True).encode("ascii")
+    """One frame; lone surrogates survive as escapes. Raises `WireError` for what is not JSON or too long."""
+    try:
+        body = json.dumps(message, ensure_ascii=True).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WireError(f"a message is not JSON: {error}") from error
     if len(body) > MAX_FRAME_BYTES:
         raise WireError(f"a message of {len(body)} bytes exceeds the limit of {MAX_FRAME_BYTES}")
     return _HEADER.pack(len(body)) + body

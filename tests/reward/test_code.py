@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import psutil
 import pytest
 
 from reward import landlock
-from reward.code_tests import TestsError, extract_program, read_tests, run_tests
+from reward.code_tests import TestsError, check_tests, extract_program, read_tests, run_tests
 from reward.confinement import Limits
 from reward.extraction import Answer
+from reward.program_runner import Runner
 from reward.sandbox import Job, Sandbox
 from reward.verdict import Grade, Verdict
 from reward.verifier import Verifier
@@ -25,6 +27,13 @@ HUMANEVAL = {
 }
 MBPP = {"test_list": ["assert area(2, 3) == 6", "assert math.isclose(area(1, .5), .5)"], "test_import": ["import math"]}
 STANDARD_INPUT = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7.0\n"]}
+APPS_FUNCTION = {"fn_name": "f", "inputs": [[[1, 2], "a"], [[5], "b"]], "outputs": ["3a", "5b"]}
+APPS_WRAPPED = {"fn_name": "f", "inputs": [[[1, 2]], [[5]]], "outputs": [[3], [5]]}
+APPS_LINES = {"inputs": [["1", "2"], "3\n4\n"], "outputs": [["3", "."], "7\n.\n"]}
+LONG_TEXT = ("x" * 79 + "\n") * 15_000
+LONG_LIST = {"fn_name": "f", "inputs": ["180000"], "outputs": [json.dumps(list(range(180_000)), separators=(",", ":"))]}
+THREAD = "def main():\n    time.sleep(0.2)\n    print(int(input()[0]) * 2 + 1)\n"
+SMALL = {"inputs": ["1 2\n"], "outputs": ["3\n"]}
 FUNCTION = {"test_cases": [{"input": "[1, 2]\n3", "output": "[1, 2, 3]"}], "fn_name": "extend"}
 
 
@@ -50,6 +59,23 @@ def run(verifier: Verifier, programs: list[str], gold: dict[str, Any] | str) -> 
         (STANDARD_INPUT, "print(3)\nraise SystemExit(1)", Verdict.INCORRECT),
         (FUNCTION, "class Solution:\n    def extend(self, l, x): return l + [x]", Verdict.CORRECT),
         (FUNCTION, "def extend(l, x): return l", Verdict.INCORRECT),
+        (FUNCTION, "print(1)\ndef extend(l, x): return l + [x]", Verdict.CORRECT),
+        (APPS_FUNCTION, "def f(l, text): return f'{sum(l)}{text}'", Verdict.CORRECT),
+        (APPS_FUNCTION, "def f(l, text): return sum(l)", Verdict.INCORRECT),
+        (APPS_WRAPPED, "def f(l): return sum(l)", Verdict.CORRECT),
+        (APPS_WRAPPED, "def f(l): return [sum(l)]", Verdict.CORRECT),
+        (APPS_WRAPPED, "def f(l): return len(l)", Verdict.INCORRECT),
+        (APPS_LINES, "print(int(input()) + int(input()))\nprint('.')", Verdict.CORRECT),
+        (APPS_LINES, "print(int(input()) - int(input()))\nprint('.')", Verdict.INCORRECT),
+        ({"inputs": [LONG_TEXT], "outputs": [LONG_TEXT]}, "import sys\nprint(sys.stdin.read())", Verdict.CORRECT),
+        (SMALL, "print('3' + ' ' * 2_000_000)", Verdict.INCORRECT),
+        (LONG_LIST, "def f(n): return list(range(n))", Verdict.CORRECT),
+        (SMALL, "import sys\nprint(2 + int(sys.stdin.buffer.peek(1)[:1]))", Verdict.CORRECT),  # buffered: fast lines
+        (SMALL, f"import threading, time\n{THREAD}threading.Thread(target=main).start()", Verdict.CORRECT),
+        (SMALL, "import atexit\natexit.register(print, 3)", Verdict.CORRECT),
+        (SMALL, "import atexit\natexit.register(print, 3)\nraise SystemExit(1)", Verdict.INCORRECT),
+        (SMALL, "import os, sys\nos.write(sys.stdout.fileno(), b'3')", Verdict.CORRECT),
+        (SMALL, "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer)\nprint(3)", Verdict.CORRECT),
         (FUNCTION, "import numpy\ndef extend(l, x): return numpy.array([*l, x]).tolist()", Verdict.CORRECT),
     ],
 )
@@ -199,7 +225,8 @@ def test_an_unconfined_program_is_a_crash_and_not_run(monkeypatch: pytest.Monkey
         raise OSError("no such call")
 
     monkeypatch.setattr("reward.seccomp.install", refuse)
-    verdict, detail = run_tests("def add(a, b): return a + b", read_tests(HUMANEVAL))
+    with closing(Runner(Limits(MEMORY_MB, 10.0))) as runner:
+        verdict, detail = run_tests("def add(a, b): return a + b", read_tests(HUMANEVAL), runner)
     assert verdict is Verdict.CRASH and "could not be confined" in detail and "no such call" in detail
 
 
@@ -241,7 +268,73 @@ def test_extract_program(text: str, program: str | None) -> None:
     assert extract_program(text) == program
 
 
-@pytest.mark.parametrize("gold", ["no json", "[]", {}, {"test": "x"}, {"inputs": ["1"], "outputs": []}])
-def test_gold_without_tests_is_refused(gold: Any) -> None:
-    with pytest.raises(TestsError):
-        read_tests(gold)
+@pytest.mark.parametrize(
+    ("gold", "named"),
+    [
+        ("no json", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "a list, not an object"),
+        ({}, "expected test and entry_point"),
+        ({"test": "x"}, "expected test and entry_point"),
+        ({"test": ["x"], "entry_point": "f"}, "test of .* is a list"),
+        ({"test_list": ["assert f()", 1]}, "test_list"),
+        ({"test_list": ["assert f()"], "test_import": "import math"}, "test_import"),
+        ({"inputs": ["1"], "outputs": []}, "lists of one length"),
+        ({"inputs": "1", "outputs": "2"}, "lists of one length"),
+        ({"test_cases": ["1"]}, "list of objects"),
+        ({"test_cases": [{"input": "1", "output": "1"}, {"input": "1"}]}, "case 2 of 2 has no output"),
+        ({"inputs": ["1", [1]], "outputs": ["1", "1"]}, r"case 2 of 2: its input is \[1\]; .*fn_name is missing"),
+        ({"inputs": ["1"], "outputs": [1]}, "case 1 of 1: its output is 1; it must be text"),
+        ({"fn_name": "f", "inputs": [1], "outputs": [1]}, "case 1 of 1: its input is 1; with fn_name"),
+        ({"fn_name": "f", "inputs": ["1\n[2"], "outputs": ["1"]}, "its input .* is not JSON"),
+        ({"fn_name": "f", "inputs": ["1"], "outputs": ["True"]}, "its output 'True' is not JSON"),
+        ({"fn_name": "f", "inputs": ["1"], "outputs": ["NaN"]}, "NaN"),
+        ({"fn_name": 1, "inputs": ["1"], "outputs": ["1"]}, "fn_name of .* is a int"),
+        ({"inputs": ["1" * 8_000_000] * 2, "outputs": ["1"] * 2}, "takes 16000.* bytes .* the limit is 15728640"),
+        ({"inputs": ["1 " * 4_500_000] * 2, "outputs": ["1"] * 2}, "18000.* exceeds the limit of 16777216"),
+        ({"test_list": [b"assert 1"]}, "not JSON"),
+    ],
+)
+def test_gold_that_no_program_passes_is_refused(gold: Any, named: str) -> None:
+    with pytest.raises(TestsError, match=named):
+        check_tests(gold)
+
+
+SEARCH = """
+import gc, sys
+
+def reachable():
+    \"\"\"All text and bytes that frames and the heap lead to.\"\"\"
+    found, seen = [sys._getframe(), *gc.get_objects()], set()
+    while found:
+        thing = found.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, (str, bytes, bytearray)):
+            yield thing if isinstance(thing, str) else bytes(thing).decode(errors="replace")
+        found += gc.get_referents(thing)
+        if isinstance(thing, type(sys._getframe())):
+            found += [thing.f_back, *thing.f_locals.values()]
+
+def find(*_):
+    mark = "detcepxe-terces"  # reversed: what this program itself holds does not count
+    return mark[::-1] if any(mark in text[::-1] for text in reachable()) else "nothing"
+"""
+
+
+@pytest.mark.parametrize(
+    ("gold", "program"),
+    [
+        ({"inputs": ["1 2\n", "3 4\n"], "outputs": ["secret-expected\n"] * 2}, f"{SEARCH}print(find())"),
+        ({"inputs": ["1", "2"], "outputs": ['"secret-expected"'] * 2, "fn_name": "find"}, SEARCH),
+        (
+            {"test_cases": [{"input": ["1"], "output": "secret-expected"}] * 2, "fn_name": "f"},
+            f"{SEARCH}\nclass Solution:\n    def f(self, _): return find()",
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_no_program_can_find_its_expected_output(verifier: Verifier, gold: Any, program: str, as_text: bool) -> None:
+    (grade,) = run(verifier, [program], json.dumps(gold) if as_text else gold)
+    assert grade.verdict is Verdict.INCORRECT and "nothing" in grade.detail, grade

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,18 +116,23 @@ def test_children_are_recycled() -> None:
         sandbox.close()
 
 
-def test_a_killed_fork_server_is_replaced() -> None:
-    sandbox = Sandbox(Limits(MEMORY_MB, 5.0))
+@pytest.mark.parametrize("use_namespaces", [True, False])
+def test_a_killed_fork_server_is_replaced(use_namespaces: bool) -> None:
+    """And takes everything with it: a bomb in C, and a program that sleeps."""
+    sandbox = Sandbox(Limits(MEMORY_MB, 30.0), processes=2, use_namespaces=use_namespaces)
+    program = Job({"task": "code", "program": "import time\ntime.sleep(60)", "gold": {"test_list": ["1"]}}, True)
     try:
-        bomb = sandbox.submit(mathematics(TOWER))
-        time.sleep(0.3)
+        jobs = [sandbox.submit(mathematics(TOWER)), sandbox.submit(program)]
         server = psutil.Process(sandbox.stats()["server_pid"])
+        give_up = time.monotonic() + WAIT_S
+        while len(children := server.children(recursive=True)) < 4:  # the bomb; grader, runner and program
+            assert time.monotonic() < give_up, children
+            time.sleep(0.02)
+        time.sleep(0.3)
         children = server.children(recursive=True)
-        assert children
         server.kill()
         assert_gone(children)
-        lost = bomb.result(WAIT_S)
-        assert lost.verdict is Verdict.CRASH
+        assert [job.result(WAIT_S).verdict for job in jobs] == [Verdict.CRASH] * 2
         assert ask(sandbox, mathematics(r"\boxed{42}")).verdict is Verdict.CORRECT
         assert sandbox.stats()["server_deaths"] == 1
     finally:
@@ -225,6 +231,15 @@ def test_a_large_request_does_not_block(sandbox: Sandbox) -> None:
     outcome = ask(sandbox, users("x" * 3_000_000, 3))
     assert outcome.reward == 6.0
     assert Answer("x").final_text == "x"
+
+
+@pytest.mark.parametrize(
+    ("gold", "named"), [("1" * 17_000_000, "17000.* bytes exceeds the limit of 16777216"), ({"a": {1}}, "not JSON")]
+)
+def test_what_cannot_be_sent_concerns_nobody_else(sandbox: Sandbox, gold: object, named: str) -> None:
+    outcome = ask(sandbox, users("fine", gold))
+    assert outcome.verdict is Verdict.CRASH and re.search(named, outcome.detail), outcome
+    assert ask(sandbox, users("fine", 4)).reward == 8.0
 
 
 def test_a_starved_child_gets_a_second_try() -> None:
