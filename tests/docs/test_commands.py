@@ -84,7 +84,7 @@ def run_grade(arguments: list[str], directory: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.chdir(directory)
     line = {"id": "a", "response": "<think> 2 </think> \\boxed{4}", "gold": "4"}
-    (directory / "answers.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    (directory / arguments[arguments.index("--input") + 1]).write_text(json.dumps(line) + "\n", encoding="utf-8")
     assert main(arguments) == 0
     assert json.loads((directory / "graded.jsonl").read_text(encoding="utf-8"))["verdict"] == "correct"
 
