@@ -9,8 +9,9 @@ makes a new one.
 
 Invariants: an engine runs no step between the first and the last byte of a version; it steps again only if the digest
 of what it received is the one that the learner computed when it packed the version. An engine whose transfer failed
-holds a torn version: its thread ends and the actor is replaced. Nobody waits in NCCL longer than the group's deadline.
-Importable without torch.
+holds a torn version: its thread ends and the actor is replaced. A broadcast lasts no longer than the group's deadline.
+Joining a group has none in this process once all ranks have met: if one dies while NCCL connects them, the others wait
+until the driver's deadline for the whole call ends their processes. Importable without torch.
 """
 
 from __future__ import annotations
@@ -134,6 +135,15 @@ class Communicator(Protocol):
         ...
 
 
+def check_joined(communicator: Communicator) -> None:
+    """Raise `TransferError` where joining gave a communicator that transfers nothing, as vLLM's does without NCCL."""
+    if communicator.disabled:
+        raise TransferError(
+            "NCCL is not available here: vLLM could not load libnccl, or VLLM_DISABLE_PYNCCL is set; repair that, or "
+            "set pipeline.transport: object_store"
+        )
+
+
 @contextmanager
 def deadline(communicator: Communicator, seconds: float, what: str) -> Iterator[None]:
     """Abort the communicator when `seconds` have passed; raises `TransferError` if that happened inside.
@@ -205,6 +215,7 @@ class NcclSender:
             )
         except RuntimeError as error:
             raise TransferError(f"no NCCL group of {group.world_size} ranks: {error}") from error
+        check_joined(self._engine.model_update_group)
 
     def send(self, manifest: WeightManifest, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Broadcast the version that `weights` yields. After an exception the group is of no more use: `close` it."""

@@ -9,7 +9,15 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 
-from rollout.nccl_transfer import BACKEND, Broadcast, NcclGroup, TensorDigest, TransferError, deadline
+from rollout.nccl_transfer import (
+    BACKEND,
+    Broadcast,
+    NcclGroup,
+    TensorDigest,
+    TransferError,
+    check_joined,
+    deadline,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
@@ -49,6 +57,8 @@ def receive(worker: Worker, broadcast: Broadcast) -> None:
     engine: Any = worker.weight_transfer_engine
     if not isinstance(engine, CheckedNcclEngine):
         raise TransferError("this engine was not started with transport: nccl")
+    # A step returns while the next batch waits on the main stream; what arrives is written on streams of its own.
+    worker.synchronize_device()
     group, manifest = broadcast.group, broadcast.manifest
     if engine.group != group:
         engine.shutdown()
@@ -60,6 +70,7 @@ def receive(worker: Worker, broadcast: Broadcast) -> None:
             packed=True,
         )
         worker.init_weight_transfer_engine(worker_init_payload(init_info))
+        check_joined(engine.model_update_group)
         engine.group = group
     update = {
         "names": [entry.name for entry in manifest.entries],

@@ -83,19 +83,21 @@ class Wire:
         """Tensors after which nothing arrives any more."""
         self.spoil: str | None = None
         """Name of a tensor that arrives with one bit changed."""
+        self.missing = False
+        """Where libnccl cannot be loaded vLLM's communicator is disabled from the start."""
 
     def join(self, port: int, rank: int) -> Rank:
         self.joined.append((port, rank))
         if rank:
             self.queues[rank] = queue.Queue()
-        return Rank(self, rank)
+        return Rank(self, rank, disabled=self.missing)
 
 
 class Rank:
     """vLLM's communicator, as far as it is used."""
 
-    def __init__(self, wire: Wire, rank: int) -> None:
-        self.wire, self.rank, self.disabled = wire, rank, False
+    def __init__(self, wire: Wire, rank: int, *, disabled: bool = False) -> None:
+        self.wire, self.rank, self.disabled = wire, rank, disabled
 
     def destroy(self) -> None:
         self.disabled = True
@@ -235,6 +237,52 @@ def test_a_sender_checks_what_it_sends(wire: Wire) -> None:
     assert [wire.queues[1].get_nowait().dtype for _ in weights] == [tensor.dtype for tensor in weights.values()]
     with pytest.raises(ValueError, match="yielded 2 parameters"):
         sender.send(link.manifest, iter(dict(itertools.islice(weights.items(), 2)).items()))
+
+
+class StandInWorker:
+    """Writes down what its model is told; a member of `GROUP`, or about to join it."""
+
+    def __init__(self, wire: Wire, *, joined: bool) -> None:
+        from rollout.vllm_transfer import CheckedNcclEngine
+
+        self.calls: list[str] = []
+        self.wire = wire
+        self.weight_transfer_engine = engine = object.__new__(CheckedNcclEngine)
+        engine.group, engine.model_update_group = None, None
+        if joined:
+            engine.group, engine.model_update_group = GROUP, wire.join(GROUP.master_port, 1)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.weight_transfer_engine.model_update_group = self.wire.join(init_info["master_port"], 1)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self.calls.append(name)
+
+
+EMPTY = Broadcast(WeightManifest(1, (), ()), 0, GROUP, 0)
+
+
+@pytest.mark.slow
+def test_a_step_that_was_launched_ends_before_the_first_byte_is_written(wire: Wire) -> None:
+    """On a GPU the next batch is queued when a step returns, and NCCL writes on another stream."""
+    from rollout.vllm_transfer import receive
+
+    worker: Any = StandInWorker(wire, joined=True)
+    receive(worker, EMPTY)
+    assert worker.calls == ["synchronize_device", "start_weight_update", "update_weights", "finish_weight_update"]
+
+
+@pytest.mark.slow
+def test_a_process_without_nccl_says_so(wire: Wire) -> None:
+    from rollout.vllm_transfer import receive
+
+    wire.missing = True
+    with pytest.raises(TransferError, match="NCCL is not available here"):
+        NcclSender(GROUP)
+    worker: Any = StandInWorker(wire, joined=False)
+    with pytest.raises(TransferError, match="NCCL is not available here"):
+        receive(worker, EMPTY)
+    assert "start_weight_update" not in worker.calls
 
 
 def test_whoever_waits_in_nccl_is_let_go_at_the_deadline() -> None:
