@@ -9,15 +9,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 
-from rollout.nccl_transfer import (
-    BACKEND,
-    Broadcast,
-    NcclGroup,
-    TensorDigest,
-    TransferError,
-    check_joined,
-    deadline,
-)
+from rollout.nccl_transfer import BACKEND, Broadcast, NcclGroup, TensorDigest, TransferError, check_joined, deadline
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
