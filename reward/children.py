@@ -16,7 +16,7 @@ from typing import Any
 
 from reward.confinement import scrubbed_environment
 from reward.fork_server import MAX_CONTROL_BYTES, ServerOptions
-from reward.wire import FrameReader, Message
+from reward.wire import FrameReader, Message, encode
 
 START_TIMEOUT_S = 120.0
 CONTROL_TIMEOUT_S = 30.0
@@ -146,9 +146,9 @@ class Child:
         self.slow = False
         self.cpu_before_s = self._total_cpu_s()
 
-    def send(self, frame: bytes) -> None:
-        """Put an encoded request into its line; call `flush` while `has_unsent`."""
-        self._unsent.append(memoryview(frame))
+    def send(self, request: Message) -> None:
+        """Put a request into its line; call `flush` while `has_unsent`."""
+        self._unsent.append(memoryview(encode(request)))
         self.flush()
 
     @property

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from reward import landlock, seccomp
@@ -72,14 +72,7 @@ class Outcome:
     """Given by a user's rule; otherwise the verdict decides."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    """A job, encoded by the thread that submitted it: what cannot be sent concerns nobody else."""
-
-    frame: bytes
-    confined: bool
-    burns_cpu: bool
-    future: Future[Outcome] = field(default_factory=Future)
+_Waiting = tuple[Job, "Future[Outcome]"]
 
 
 class Sandbox:
@@ -100,14 +93,13 @@ class Sandbox:
 
     def submit(self, job: Job) -> Future[Outcome]:
         """Queue a job; the future always gets an `Outcome`, or `SandboxError` if the pool is broken or closed."""
-        try:
-            waiting = _Waiting(encode(job.payload), job.confined, job.burns_cpu)
+        try:  # here, where it concerns nobody else; not kept, as all jobs of a group share a gold value
+            encode(job.payload)
         except WireError as error:
             unsent: Future[Outcome] = Future()
             unsent.set_result(Outcome(Verdict.CRASH, 0.0, f"the request cannot be sent to a grader: {error}"))
             return unsent
-        self._dispatcher.submit(waiting)
-        return waiting.future
+        return self._dispatcher.submit(job)
 
     def stats(self) -> dict[str, int]:
         """Counters since the start."""
@@ -152,13 +144,15 @@ class _Dispatcher(threading.Thread):
     def has_namespaces(self) -> bool:
         return self._server.has_namespaces
 
-    def submit(self, waiting: _Waiting) -> None:
+    def submit(self, job: Job) -> Future[Outcome]:
+        future: Future[Outcome] = Future()
         with self._lock:
             if self._closing or self._broken:
-                waiting.future.set_exception(SandboxError(self._broken or "the sandbox is closed"))
-                return
-            self._queue.append(waiting)
+                future.set_exception(SandboxError(self._broken or "the sandbox is closed"))
+                return future
+            self._queue.append((job, future))
         self._wake()
+        return future
 
     def stats(self) -> dict[str, int]:
         return {**self._counts, "children": len(self._idle) + len(self._busy), "server_pid": self._server.pid}
@@ -202,19 +196,19 @@ class _Dispatcher(threading.Thread):
 
     def _hand_out(self) -> None:
         """Give queued jobs to children while there is room."""
-        while self._queue and (child := self._child_for(self._queue[0])):
-            waiting = self._queue.popleft()
+        while self._queue and (child := self._child_for(self._queue[0][0])):
+            job, future = self._queue.popleft()
             if child in self._busy:
-                self._busy[child].append(waiting)
+                self._busy[child].append((job, future))
             else:
-                self._busy[child] = deque([waiting])
+                self._busy[child] = deque([(job, future)])
                 child.begin()
-            child.send(waiting.frame)
+            child.send(job.payload)
             self._watch(child)
         while not self._queue and len(self._idle) > self._processes:
             self._discard(self._idle.pop())
 
-    def _child_for(self, job: _Waiting) -> Child | None:
+    def _child_for(self, job: Job) -> Child | None:
         """An idle child, a new one, or one whose line is short: then it need not wait for this thread in between."""
         slow = sum(child.slow for child in self._busy)
         if len(self._busy) - min(slow, MAX_SLOW) < self._processes:
@@ -223,7 +217,7 @@ class _Dispatcher(threading.Thread):
         open_lines = [(len(line), child) for child, line in lines if not (child.slow or child.confined or job.confined)]
         return min(open_lines, key=lambda found: found[0])[1] if open_lines else None
 
-    def _spawn(self, job: _Waiting) -> Child:
+    def _spawn(self, job: Job) -> Child:
         child = self._server.spawn(confined=job.confined)
         self._counts["children_started"] += 1
         self._selector.register(child.connection, selectors.EVENT_READ, child)
@@ -269,17 +263,17 @@ class _Dispatcher(threading.Thread):
             if busy_s >= self._limits.deadline_s:
                 self._end_overdue(child)
             elif now >= child.next_look and self._others_wait(child):
-                child.look(burns_cpu=self._busy[child][0].burns_cpu)
+                child.look(burns_cpu=self._busy[child][0][0].burns_cpu)
                 if child.slow:
                     self._move_line(child)
 
     def _end_overdue(self, child: Child) -> None:
         """Kill a child at its deadline. Its job has timed out, unless the machine gave it no time to speak of."""
         deadline_s, cpu_s = self._limits.deadline_s, child.cpu_s()
-        job = self._busy[child][0]
+        job, future = self._busy[child][0]
         starved = cpu_s < min(STARVED_CPU_S, 0.1 * deadline_s)
-        if starved and job.burns_cpu and job.future not in self._second_tries:
-            self._second_tries.add(job.future)
+        if starved and job.burns_cpu and future not in self._second_tries:
+            self._second_tries.add(future)
             self._counts["jobs_starved"] += 1
             logger.warning("a grader child got %.3f s of CPU in %g s: this machine is overloaded", cpu_s, deadline_s)
         else:
@@ -300,7 +294,7 @@ class _Dispatcher(threading.Thread):
     ) -> None:
         """Resolve the job at the head of a child's line."""
         line = self._busy[child]
-        future = line.popleft().future
+        _, future = line.popleft()
         self._second_tries.discard(future)
         spent_s = time.monotonic() - child.started if seconds is None else seconds
         if line:
@@ -363,7 +357,7 @@ class _Dispatcher(threading.Thread):
     def _shut_down(self) -> None:
         with self._lock:
             self._closing = True
-            waiting = [job.future for line in (self._queue, *self._busy.values()) for job in line]
+            waiting = [future for line in (self._queue, *self._busy.values()) for _, future in line]
             self._queue.clear()
         self._busy.clear()
         self._server.close()
