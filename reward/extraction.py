@@ -16,9 +16,19 @@ MAX_NESTING = 24
 """300 nested parentheses take the LaTeX grammar 3.6 s."""
 MAX_BARE_CHARS = 256
 """A response as short as this that has no box is itself the answer."""
+MAX_PHRASES = 16
+"""How far back an answer is looked for where the response ends with remarks on it."""
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _PHRASE = re.compile(r"####|answer(?:\*\*)?\s?(?:is|:|=)(?:\*\*)?:?", re.IGNORECASE)
+_DISPLAY = re.compile(r"\$\$([^$]+)\$\$|\\\[(.+?)\\\]", re.DOTALL)
+_REMARK = re.compile(
+    r"(?:(?:very|quite|indeed|now|also|really) )?(?:helpful|useful|clear|unclear|correct|right|wrong|incorrect|"
+    r"reasonable|consistent|valid|plausible|understandable|satisfactory|good|fine|complete|what|as|in|based)\b[^\d$\\]*$",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?]\s+(?=[A-Z])")
+_MATHEMATICS = re.compile(r"[\d$\\]")
 _OPENING = frozenset("([{")
 _CLOSING = frozenset(")]}")
 
@@ -103,14 +113,26 @@ def _braced(text: str, start: int) -> str | None:
 
 
 def final_phrase(text: str) -> str | None:
-    """The rest of the line after the last "answer is", "answer:" or "####", without markup and full stop."""
-    matches = list(_PHRASE.finditer(text))
-    if not matches:
+    """What follows the last "answer is", "answer:" or "####": a display, or the rest of the line without full stop.
+
+    "I hope this answer is helpful" is no answer: remarks go before an earlier phrase that holds mathematics.
+    """
+    ends = [match.end() for match in _PHRASE.finditer(text)]
+    if not ends:
         return None
-    end = matches[-1].end()
+    last = _after_phrase(text, ends[-1])
+    if last and not _REMARK.match(last):
+        return last
+    earlier = (_SENTENCE_END.split(_after_phrase(text, end), maxsplit=1)[0] for end in reversed(ends[-MAX_PHRASES:-1]))
+    return next((phrase for phrase in earlier if _MATHEMATICS.search(phrase)), last) or None
+
+
+def _after_phrase(text: str, end: int) -> str:
     rest = text[end : end + MAX_ANSWER_CHARS].lstrip()
-    line = rest.split("\n", 1)[0].strip().strip("*").strip()
-    return line.removesuffix(".").strip() or None
+    display = _DISPLAY.match(rest)
+    if display:
+        return f"${' '.join((display[1] or display[2]).split())}$"
+    return rest.split("\n", 1)[0].strip().strip("*").strip().removesuffix(".").strip()
 
 
 def nesting_depth(text: str) -> int:

@@ -17,12 +17,17 @@ from fractions import Fraction
 from typing import Any
 
 from reward.extraction import Answer, Extracted, extract_answer, last_boxed, refuse_oversized
+from reward.notation import mixed_number, plain, readable, scientific, tight
 from reward.verdict import Verdict
 
 _EXACT_NUMBER = re.compile(
     r"-?[0-9]{1,12}|-?[0-9]{1,3}(?:,[0-9]{3}){1,3}|(?P<sign>-?)(?:\\[dt]?frac\{(?P<a>[0-9]{1,6})\}\{(?P<b>[0-9]{1,6})\}|(?P<c>[0-9]{1,6})/(?P<d>[0-9]{1,6}))"
 )
 """Integers and plain fractions, small enough that math-verify's 15 digits tell any two apart."""
+_EULER = re.compile(r"[-+]?[0-9]+e[-+][0-9]")
+_DOLLARS = re.compile(r"\\\$(?=\s?[0-9])")
+"""The sign of the currency; math-verify reads a number after it in LaTeX alone."""
+_BOX_START = r"\boxed{"
 
 
 def grade(answer: str, gold: str) -> Verdict:
@@ -38,7 +43,7 @@ def settle(extracted: Extracted | None, gold: str) -> tuple[Verdict | None, str]
     """The verdict where no mathematics is needed (None otherwise), and why; linear time, safe in any process."""
     if extracted is None:
         return Verdict.UNPARSEABLE, "no boxed or final answer"
-    given, wanted = _squeeze(extracted.text), _squeeze(gold_text(gold))
+    given, wanted = tight(readable(extracted.text)), tight(readable(gold_text(gold)))
     if given == wanted:
         return Verdict.CORRECT, ""
     value, wanted_value = _exact_number(given), _exact_number(wanted)
@@ -99,11 +104,12 @@ def check_gold(gold: str) -> str | None:
 
 def expression(extracted: Extracted) -> str:
     """What math-verify is given: a box around what was marked, its own extraction for the rest."""
-    if extracted.source == "boxed":
-        return f"\\boxed{{{extracted.text}}}"
-    if extracted.source == "phrase":
-        return f"The final answer is: {extracted.text}"
-    return extracted.text
+    text = plain(extracted.text)
+    number = scientific(text) or mixed_number(text)
+    if extracted.source == "boxed" or number:
+        return _box(number or readable(text))
+    text = _DOLLARS.sub("", text)
+    return f"The final answer is: {text}" if extracted.source == "phrase" else text
 
 
 def gold_text(gold: str) -> str:
@@ -118,8 +124,16 @@ def gold_text(gold: str) -> str:
 
 
 def gold_expression(gold: str) -> str:
-    """A gold string as math-verify is given it."""
-    return f"\\boxed{{{gold_text(gold)}}}"
+    """A gold string as math-verify is given it.
+
+    `2e-1` stays a multiple of Euler's number: a float of a data set is written with two digits, `2e-01`.
+    """
+    text = readable(gold_text(gold))
+    return _box(text if _EULER.fullmatch(text) else scientific(text) or text)
+
+
+def _box(text: str) -> str:
+    return f"{_BOX_START}{text}}}"
 
 
 def _exact_number(text: str) -> Fraction | None:
@@ -136,10 +150,6 @@ def _exact_number(text: str) -> Fraction | None:
     return -value if match["sign"] else value
 
 
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
-
-
 @functools.lru_cache(maxsize=1024)
 def _parse_gold(expression: str) -> tuple[Any, ...]:
     return tuple(_parse(expression))
@@ -150,11 +160,16 @@ def _parse(expression: str) -> list[Any]:
 
     Its parser swallows every exception and keeps the string. A MemoryError must not look like bad LaTeX, so an
     expression that left only a string is parsed again without the net.
+
+    A box is LaTeX and nothing else: where it is not, math-verify's other reading takes the last number inside.
     """
-    from math_verify import parse
+    from math_verify import LatexExtractionConfig, parse
     from math_verify.parser import parse_latex_cached
 
-    parsed = parse(expression, parsing_timeout=None)
+    if expression.startswith(_BOX_START):
+        parsed = parse(expression, [LatexExtractionConfig()], parsing_timeout=None)
+    else:
+        parsed = parse(expression, parsing_timeout=None)
     if len(parsed) == 1 and isinstance(parsed[0], str):
         try:
             parse_latex_cached(parsed[0])

@@ -18,9 +18,11 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from reward.choice import choice_letter, letter_in
 from reward.code_tests import MAX_PROGRAM_CHARS, TestsError, check_tests, extract_program
 from reward.extraction import MAX_TEXT_CHARS, Answer, extract_answer, refuse_oversized
 from reward.math import expression, gold_expression, gold_text, settle
+from reward.notation import readable, tight
 from reward.string_match import string_match
 from reward.verdict import Verdict
 from reward.wire import Message
@@ -95,10 +97,10 @@ def math_string(answer: Answer, gold: Gold, _: tuple[float, ...]) -> Score:
 
 def choice(answer: Answer, gold: Gold, _: tuple[float, ...]) -> Score:
     """1 for the right letter of a multiple-choice question (GPQA style)."""
-    letter = _choice_letter(answer)
+    letter = choice_letter(answer)
     if letter is None:
         return _score(Verdict.UNPARSEABLE, None, "no letter chosen")
-    return _score(Verdict.CORRECT if letter == _letter_in(_text(gold)) else Verdict.INCORRECT, letter)
+    return _score(Verdict.CORRECT if letter == letter_in(_text(gold)) else Verdict.INCORRECT, letter)
 
 
 def exact(answer: Answer, gold: Gold, _: tuple[float, ...]) -> Score:
@@ -180,7 +182,7 @@ def _check_math(gold: Gold) -> str | Task | None:
 
 
 def _check_choice(gold: Gold) -> str | None:
-    return None if _letter_in(_text(gold)) else f"{gold!r} is not a letter of a multiple-choice question"
+    return None if letter_in(_text(gold)) else f"{gold!r} is not a letter of a multiple-choice question"
 
 
 def _check_text(gold: Gold) -> str | None:
@@ -273,44 +275,31 @@ def _text(gold: Gold) -> str:
     return str(gold)
 
 
-_LETTER = re.compile(r"\(?\s*([A-Z])\s*\)?(?![A-Za-z])")
-_CHOICE_PHRASE = re.compile(r'(?i:answer|choice|option)"?\s?(?:is|:|=)?[\s"*(\[{]{0,8}([A-Z])(?![A-Za-z])')
-
-
-def _choice_letter(answer: Answer) -> str | None:
-    text = answer.final_text[-MAX_TEXT_CHARS:]
-    extracted = extract_answer(answer)
-    if extracted is not None and extracted.source != "phrase":
-        letter = _letter_in(extracted.text)
-        if letter is not None or extracted.source == "boxed":
-            return letter
-    phrases = _CHOICE_PHRASE.findall(text)
-    return phrases[-1].upper() if phrases else None
-
-
-def _letter_in(text: str) -> str | None:
-    r"""The letter of `B`, `(B)`, `\text{B}`, `B) because`; None for words."""
-    plain = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s?\{([^{}]{0,64})\}", r"\1", text[:256]).strip(" .*$\n\t")
-    match = _LETTER.match(plain)
-    if match and (match.end() == len(plain) or plain[match.end()] in ").:"):
-        return match.group(1)
-    return plain.upper() if len(plain) == 1 and plain.isalpha() and plain.isascii() else None
-
-
-_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{([-+]?[\d.]{1,40})\}\{([-+]?[\d.]{1,40})\}")
+_FRACTION = re.compile(r"([-+]?)(\d{0,9})\\[dt]?frac\{([-+]?[\d.]{1,40})\}\{([-+]?[\d.]{1,40})\}")
+_GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?:\.[0-9]*)?")
 
 
 def _number(text: str) -> float | None:
-    """A decimal, a percentage as it stands, a/b or a LaTeX fraction; thousands separators and units of currency go."""
+    """A decimal, a percentage as it stands, a/b, a mixed number; separators of thousands and units of currency go."""
     if refuse_oversized(text):
         return None
-    plain = re.sub(r"[\s,$€£%]|\\[$%!,;]", "", text)
+    plain = tight(re.sub(r"\\[,;]", " ", re.sub(r"[$€£%]|\\[$%!]", "", readable(text))))
     match = _FRACTION.fullmatch(plain)
-    if match:
-        plain = f"{match.group(2)}/{match.group(3)}" if match.group(1) != "-" else f"-{match.group(2)}/{match.group(3)}"
-    top, slash, bottom = plain.partition("/")
+    sign, whole, top, bottom = match.groups() if match else ("", "", *_halves(plain))
     try:
-        value = float(top) / float(bottom) if slash else float(top)
+        value = float(whole or 0) + _decimal(top) / _decimal(bottom)
     except (ValueError, ZeroDivisionError):
         return None
-    return value if numbers.isfinite(value) else None
+    return (-value if sign == "-" else value) if numbers.isfinite(value) else None
+
+
+def _halves(text: str) -> tuple[str, str]:
+    top, slash, bottom = text.partition("/")
+    return top, bottom if slash else "1"
+
+
+def _decimal(text: str) -> float:
+    """`float`, but commas separate thousands and underscores nothing."""
+    if _GROUPED.fullmatch(text):
+        text = text.replace(",", "")
+    return float(text.replace("_", "?"))

@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 import logging
 import random
+import time
 from pathlib import Path
 
 import pytest
 
-from reward.extraction import Answer, Extracted, extract_answer, last_boxed, nesting_depth
+from reward.extraction import MAX_TEXT_CHARS, Answer, Extracted, extract_answer, last_boxed, nesting_depth
 from reward.math import check_gold, grade, settle
 from reward.verdict import Verdict
 
@@ -42,6 +43,14 @@ def test_last_boxed(text: str, content: str | None) -> None:
         ("#### 18", "18"),
         ("answer: 3\nno, the final answer is 4", "4"),
         ("The answer is unknown, \\boxed{9}", "9"),
+        ("The answer is 42. I hope this answer is helpful!", "42"),
+        ("The answer is $x$.\nThe answer is correct. Is the answer is clear?", "$x$"),
+        ("Answer: 5. No, the answer is undefined.", "undefined"),
+        ("The answer is Rome. I hope this answer is helpful!", "helpful!"),
+        ("answer: 7\nThe answer is right at 3", "right at 3"),
+        ("The final answer is:\n$$\n42\n$$\nbye", "$42$"),
+        ("The final answer is:\n\\[\n  x +\n1\n\\]", "$x + 1$"),
+        ("The answer is $$x$$.", "$x$"),
     ],
 )
 def test_final_phrase(text: str, answer: str) -> None:
@@ -92,6 +101,127 @@ def test_nesting_depth() -> None:
 )
 def test_grade(response: str, gold: str, verdict: Verdict) -> None:
     assert grade(response, gold) is verdict
+
+
+@pytest.mark.parametrize(
+    ("given", "gold", "verdict"),
+    [
+        ("200, 100", "100, 200", Verdict.CORRECT),
+        ("153, 371, 370, 407", "153, 370, 371, 407", Verdict.CORRECT),
+        ("(1, 200)", "(1,200)", Verdict.CORRECT),
+        ("2400", "2, 400", Verdict.INCORRECT),
+        ("1, 234", "1234", Verdict.INCORRECT),
+        ("1 2", "12", Verdict.INCORRECT),
+        ("1 2", "3", Verdict.INCORRECT),
+        (r"1\,2", "3", Verdict.INCORRECT),
+        ("3", "1 2", Verdict.INCORRECT),
+        ("1 2", "2, 1", Verdict.CORRECT),
+        ("1 1/2", "11/2", Verdict.INCORRECT),
+        ("1 1/2", "1/2", Verdict.INCORRECT),
+        ("1 1/2", r"\frac{3}{2}", Verdict.CORRECT),
+        (r"1\ 1/2", "1 1/2", Verdict.CORRECT),
+        ("-1 1/2", r"-\frac{3}{2}", Verdict.CORRECT),
+        (r"x = 1 1/2 \text{ cups}", "3/2", Verdict.CORRECT),
+        (r"1\frac{1}{2}", "1 1/2", Verdict.CORRECT),
+        (r"\log_2 1/2", "-1", Verdict.CORRECT),
+        (r"\log_2 8", "3", Verdict.CORRECT),
+        (r"\frac1 2", "0.5", Verdict.CORRECT),
+    ],
+    ids=str,
+)
+def test_spaces_between_numbers(given: str, gold: str, verdict: Verdict) -> None:
+    assert grade(rf"\boxed{{{given}}}", gold) is verdict
+
+
+@pytest.mark.parametrize(
+    ("given", "gold", "verdict"),
+    [
+        ("0.00005", str(0.00005), Verdict.CORRECT),
+        (r"5\cdot e-5", str(0.00005), Verdict.INCORRECT),
+        ("5e-5", str(0.00005), Verdict.CORRECT),
+        ("10000000000000000", str(1e16), Verdict.CORRECT),
+        ("1e6", "1000000", Verdict.CORRECT),
+        ("1.5e3", "1500", Verdict.CORRECT),
+        ("-2E-3", "-0.002", Verdict.CORRECT),
+        ("1.5e3", "1501", Verdict.INCORRECT),
+        ("1e6", r"6 \cdot e", Verdict.INCORRECT),
+        ("-1+2e", "2e-1", Verdict.CORRECT),
+        ("2e - 1", "2e-1", Verdict.CORRECT),
+        (r"10\,000", "10000", Verdict.CORRECT),
+        (r"10\,000", "0", Verdict.INCORRECT),
+        (r"1\,234\,567", "1234567", Verdict.CORRECT),
+        (r"1\,234\,567", "802", Verdict.INCORRECT),
+        ("10{,}000", "10000", Verdict.CORRECT),
+        ("10~000", "10000", Verdict.CORRECT),
+        (r"x = 10\ 000", "10000", Verdict.CORRECT),
+        ("10 000 m", "10000", Verdict.CORRECT),
+        ("10 000 m", "0", Verdict.INCORRECT),
+        (r"3.141\,592", "3.141592", Verdict.CORRECT),
+        (r"2^3\,100", "800", Verdict.CORRECT),
+        ("42.", "42", Verdict.CORRECT),
+        ("42", "42.", Verdict.CORRECT),
+        ("x+1.", "1+x", Verdict.CORRECT),
+        ("42.", "43", Verdict.INCORRECT),
+    ],
+    ids=str,
+)
+def test_notations_of_numbers(given: str, gold: str, verdict: Verdict) -> None:
+    assert grade(rf"\boxed{{{given}}}", gold) is verdict
+
+
+@pytest.mark.parametrize(
+    ("given", "gold", "verdict"),
+    [
+        ("(\N{MINUS SIGN}\N{INFINITY}, 3)", r"(-\infty, 3)", Verdict.CORRECT),
+        ("(\N{MINUS SIGN}\N{INFINITY}, 3)", "3", Verdict.INCORRECT),
+        ("1 ? 42", "42", Verdict.UNPARSEABLE),
+        ("# 42", "42", Verdict.UNPARSEABLE),
+        ("41 \N{RIGHTWARDS ARROW} 42", "42", Verdict.UNPARSEABLE),
+        ("> 42", "42", Verdict.UNPARSEABLE),
+        ("1, 2, 3, ...", "3", Verdict.UNPARSEABLE),
+        ("\N{ALMOST EQUAL TO} 42", "42", Verdict.CORRECT),
+        (r"\approx 42", "42", Verdict.CORRECT),
+        ("12 apples", "12", Verdict.CORRECT),
+        ("1/2", "0.5", Verdict.CORRECT),
+        (r"50\%", "0.5", Verdict.CORRECT),
+        (r"12\text{ km/h}", "12", Verdict.CORRECT),
+        (r"\$12", "12", Verdict.CORRECT),
+    ],
+    ids=str,
+)
+def test_a_box_is_not_graded_by_its_last_number(given: str, gold: str, verdict: Verdict) -> None:
+    assert grade(rf"\boxed{{{given}}}", gold) is verdict
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "verdict"),
+    [
+        (r"The answer is \$18.", "18", Verdict.CORRECT),
+        (r"It costs \$ 18", "18", Verdict.CORRECT),
+        (r"The answer is \$18.", "8", Verdict.INCORRECT),
+        ("The final answer is:\n$$\n42\n$$", "42", Verdict.CORRECT),
+        ("The answer is 42. I hope this answer is helpful!", "42", Verdict.CORRECT),
+        ("The answer is 1 1/2.", "3/2", Verdict.CORRECT),
+        ("The answer is 1 1/2.", "1/2", Verdict.INCORRECT),
+        ("The answer is 5e-05.", "0.00005", Verdict.CORRECT),
+        ("The answer is \N{MINUS SIGN}5.", "-5", Verdict.CORRECT),
+        ("The answer is \N{MINUS SIGN}5.", "5", Verdict.INCORRECT),
+    ],
+    ids=str,
+)
+def test_answers_without_a_box(response: str, gold: str, verdict: Verdict) -> None:
+    assert grade(response, gold) is verdict
+
+
+@pytest.mark.parametrize(
+    "character", ["1 ", "1,", r"1\,", "1 1/", "####", "answer is helpful ", "answer is $$", " ", "1~"]
+)
+def test_hostile_text_is_read_in_linear_time(character: str) -> None:
+    text = character * (MAX_TEXT_CHARS // len(character))
+    started = time.monotonic()
+    extract_answer(Answer(text, text))
+    settle(Extracted(text, "boxed"), "1, 2")
+    assert time.monotonic() - started < 10.0
 
 
 @pytest.mark.parametrize("gold", ["42", r"\frac{3}{4}", r"\text{east}", "1,2", r"x \in [-2,7]", "#### 7", "$3$"])

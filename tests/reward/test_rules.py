@@ -6,6 +6,8 @@ from reward.extraction import Answer
 from reward.rules import RULES, Gold, RuleError, Score, Task, Term, parse_rule
 from reward.verdict import Verdict
 
+LONG = "and more words " * 30
+
 
 def apply(rule: str, answer: Answer | str, gold: Gold = "") -> Score:
     if isinstance(answer, str):
@@ -58,6 +60,35 @@ def test_bad_rule_expressions_are_explained(text: str, message: str) -> None:
         ("I think it could be any", "I", Verdict.UNPARSEABLE),
         (r"\boxed{Bismuth}", "B", Verdict.UNPARSEABLE),
         ("", "B", Verdict.UNPARSEABLE),
+        ("B) because", "B", Verdict.CORRECT),
+        (r"\boxed{(B) 42}", "B", Verdict.CORRECT),
+        (r"\boxed{B) 42}", "B", Verdict.CORRECT),
+        (r"\boxed{\text{(B) } 42}", "B", Verdict.CORRECT),
+        (r"\boxed{C. K}", "C", Verdict.CORRECT),
+        (r"\boxed{(A) or (B)}", "A", Verdict.UNPARSEABLE),
+        (r"\boxed{A. or B.}", "A", Verdict.UNPARSEABLE),
+        (r"\boxed{(A)(B)}", "A", Verdict.UNPARSEABLE),
+        (r"\boxed{(A + B)}", "A", Verdict.UNPARSEABLE),
+        ("A) is wrong, B) is right", "A", Verdict.UNPARSEABLE),
+        (f"The correct answer is (C). {LONG} Option A is wrong since it ignores friction.", "C", Verdict.CORRECT),
+        (f"Option A is wrong. {LONG} I go with option B.", "B", Verdict.CORRECT),
+        ("Answer: B. No, wait. Answer: C", "C", Verdict.CORRECT),
+        ("Answer: C\n\nThis is the only choice I can justify.", "C", Verdict.CORRECT),
+        (f"The answer I get is C. {LONG}", "C", Verdict.CORRECT),
+        (f"This is the only choice I can justify. {LONG}", "I", Verdict.UNPARSEABLE),
+        ("Answer: I think it is B", "I", Verdict.UNPARSEABLE),
+        ("The answer is I.", "I", Verdict.CORRECT),
+        ("Answer **I**", "I", Verdict.CORRECT),
+        ("I go with option A.", "A", Verdict.CORRECT),
+        ("No option A student would take", "A", Verdict.UNPARSEABLE),
+        ("No option (A) student would take", "A", Verdict.CORRECT),
+        (f"Answer: $B$ {LONG}", "B", Verdict.CORRECT),
+        (rf"Answer: $\text{{B}}$ {LONG}", "B", Verdict.CORRECT),
+        (r"The answer is \(B\).", "B", Verdict.CORRECT),
+        ("**Answer**: B", "B", Verdict.CORRECT),
+        ("The answer is A or B", "A", Verdict.UNPARSEABLE),
+        ("The answer is (A)/(B)", "A", Verdict.UNPARSEABLE),
+        ("The answer is not A", "A", Verdict.UNPARSEABLE),
     ],
 )
 def test_choice(text: str, gold: str, verdict: Verdict) -> None:
@@ -88,6 +119,19 @@ def test_exact(text: str, gold: str, verdict: Verdict) -> None:
         ("numeric", r"\boxed{3.14}", "3.14159", Verdict.INCORRECT),
         ("numeric(0.001)", r"\boxed{3.14}", "3.14159", Verdict.CORRECT),
         ("numeric(0.01)", r"\boxed{1000}", "1009", Verdict.CORRECT),
+        ("numeric", r"\boxed{1 1/2}", "1.5", Verdict.CORRECT),
+        ("numeric", r"\boxed{1 1/2}", "5.5", Verdict.INCORRECT),
+        ("numeric", r"\boxed{-1\frac{1}{2}}", "-1.5", Verdict.CORRECT),
+        ("numeric", r"\boxed{10\,000}", "10000", Verdict.CORRECT),
+        ("numeric", r"\boxed{12,34,567}", "1234567", Verdict.CORRECT),
+        ("numeric", "11111111100", r"11,\! 111,\!111,\! 100", Verdict.CORRECT),
+        ("numeric", r"\boxed{1, 2}", "12", Verdict.UNPARSEABLE),
+        ("numeric", r"\boxed{1,2}", "12", Verdict.UNPARSEABLE),
+        ("numeric", r"\boxed{1 2}", "12", Verdict.UNPARSEABLE),
+        ("numeric", r"\boxed{1\,2}", "12", Verdict.UNPARSEABLE),
+        ("numeric", r"\boxed{1_2}", "12", Verdict.UNPARSEABLE),
+        ("numeric", "\\boxed{\N{MINUS SIGN}5 \\%}", "-5", Verdict.CORRECT),
+        ("numeric", "The answer is 42. I hope this answer is helpful!", "42", Verdict.CORRECT),
         ("numeric", r"\boxed{many}", "3", Verdict.UNPARSEABLE),
         ("numeric", r"\boxed{nan}", "3", Verdict.UNPARSEABLE),
         ("numeric", r"\boxed{1/0}", "3", Verdict.UNPARSEABLE),
