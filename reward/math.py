@@ -44,7 +44,7 @@ def settle(extracted: Extracted | None, gold: str) -> tuple[Verdict | None, str]
     if extracted is None:
         return Verdict.UNPARSEABLE, "no boxed or final answer"
     given, wanted = tight(readable(extracted.text)), tight(readable(gold_text(gold)))
-    if given == wanted:
+    if given.replace(", ", ",") == wanted.replace(", ", ","):  # the comma says enough where both have it
         return Verdict.CORRECT, ""
     value, wanted_value = _exact_number(given), _exact_number(wanted)
     if value is not None and wanted_value is not None:

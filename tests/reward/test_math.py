@@ -111,6 +111,8 @@ def test_grade(response: str, gold: str, verdict: Verdict) -> None:
         ("(1, 200)", "(1,200)", Verdict.CORRECT),
         ("2400", "2, 400", Verdict.INCORRECT),
         ("1, 234", "1234", Verdict.INCORRECT),
+        ("100,200", "100, 200", Verdict.CORRECT),
+        ("100,200", "200, 100", Verdict.INCORRECT),
         ("1 2", "12", Verdict.INCORRECT),
         ("1 2", "3", Verdict.INCORRECT),
         (r"1\,2", "3", Verdict.INCORRECT),
