@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from rollout.engine_spec import MIN_ANSWER_TEMPERATURE
+
 
 def _whole_above_one(gpus: float) -> float:
     if gpus > 1 and not gpus.is_integer():
@@ -13,10 +15,17 @@ def _whole_above_one(gpus: float) -> float:
     return gpus
 
 
+def _as_drawn(temperature: float) -> float:
+    if 0 < temperature < MIN_ANSWER_TEMPERATURE:
+        raise ValueError(f"vLLM would draw at {MIN_ANSWER_TEMPERATURE}; give 0 (greedy) or at least that")
+    return temperature
+
+
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 """Bounded by what a wait of the operating system takes: thirty years."""
 Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+AnswerTemperature = Annotated[float, Field(ge=0), AfterValidator(_as_drawn)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -101,7 +110,7 @@ class DataConfig(Section):
 class AnswerSampling(Section):
     """Sampling of discrete tokens: the answer, and everything when `thinking: discrete`."""
 
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: AnswerTemperature = 1.0
     top_p: Fraction = 1.0
     top_k: Annotated[int, Field(ge=-1)] = -1
     """-1 keeps all."""

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from orchestration.config import Config, ConfigError
+from rollout.engine_spec import MIN_ANSWER_TEMPERATURE
 from rollout.request import RequestSettings
 
 ARM_NAMES = ("soft", "discrete", "argmax", "mean")
@@ -71,6 +72,12 @@ def _arm(name: str, label: str, config: Config, decoding: Decoding, temperature:
         answer_settings = (thinking_temperature, sampling.top_p, sampling.top_k)
     else:
         answer_settings = (answer.temperature if temperature is None else temperature, answer.top_p, answer.top_k)
+    if 0 < answer_settings[0] < MIN_ANSWER_TEMPERATURE:
+        raise ConfigError(
+            f"arm {label}: its answers would have temperature {answer_settings[0]:g}, at which vLLM draws as at "
+            f"{MIN_ANSWER_TEMPERATURE}; set sampling.temperature (--decoding own: sampling.answer.temperature) or "
+            "--temperatures to 0 or at least that"
+        )
     mixture = {"gumbel_temperature": sampling.gumbel_temperature, "noise_scale": sampling.noise_scale}
     return EvaluationArm(
         label,

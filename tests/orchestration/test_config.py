@@ -47,6 +47,7 @@ def recipe(tmp_path: Path) -> Path:
         ({"sampling": {"noise_clip": [math.nan, math.nan]}}, ["sampling.noise_clip.0=nan", "finite"]),
         ({"checkpoint": {"stop_grace_s": math.inf}}, ["checkpoint.stop_grace_s=inf", "finite"]),
         ({"checkpoint": {"stop_grace_s": 1e300}}, ["checkpoint.stop_grace_s=1e+300", "less than"]),
+        ({"sampling": {"answer": {"temperature": 0.005}}}, ["sampling.answer.temperature=0.005", "vLLM", "0.01"]),
         ({"rollout": {"num_gpus": 1.5}}, ["rollout.num_gpus=1.5", "whole"]),
         ({"learner": {"num_gpus": 2.5}}, ["learner.num_gpus=2.5", "whole"]),
         ({"model": {}}, ["model.path: required, but missing"]),

@@ -239,6 +239,8 @@ def test_own_decoding_and_temperature_sweeps() -> None:
     assert arms[1].settings.answer_temperature == 0.6
     with pytest.raises(ConfigError, match="choose from"):
         make_arms(["soft", "greedy"], config(), "matched")
+    with pytest.raises(ConfigError, match=r"arm soft@0\.005: .* vLLM draws as at 0\.01; set"):
+        make_arms(["soft"], config(), "own", [0.0, 0.01, 0.005])
 
 
 def test_the_recipe_of_an_evaluation_needs_no_training_data(tmp_path: Path) -> None:
