@@ -57,7 +57,7 @@ class LearnerGroup:
         self._collapse = CollapseWatch()
         self._mismatch = MismatchWatch(spec.dtype)
         self._published: int | None = None
-        """Version of the weights that the ranks have now; None where they were not published."""
+        """Version of the weights that the ranks have now, 0 of the model itself; None where they were not published."""
         self.generation = 0
 
     @property
@@ -76,7 +76,7 @@ class LearnerGroup:
         Raises `LearnerError` if a rank fails or `startup_timeout_s` passes (also while Ray finds no place for it).
         """
         self.kill()
-        self._published = None
+        self._published = 0 if checkpoint is None else None
         self.generation += 1
         started = time.monotonic()
         deadline = started + self.spec.startup_timeout_s

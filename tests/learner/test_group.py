@@ -60,6 +60,8 @@ def test_two_ranks_train_publish_and_fail_by_name(tiny_model_dir: Path, tmp_path
             check_published(await published_weights(pair, 3), weights)
             check_published(await published_weights(pair, 4), weights)
             compare(expected, found)
+            judged = [metrics.get("mismatch/alarm") for metrics in found]
+            assert judged == [1.0, None, None], "the model is version 0, what came of it was not published"
             with pytest.raises(ReplayError, match="none of the 1 groups"):
                 await pair.train(in_store([dataclasses.replace(groups[0], keep=(False,) * 4)]), 3)
             assert pair.alive
@@ -83,7 +85,7 @@ def check_published(found: dict[str, torch.Tensor], expected: dict[str, torch.Te
 
 def compare(expected: list[dict[str, float]], found: list[dict[str, float]]) -> None:
     for one, two in zip(expected, found, strict=True):
-        assert set(two) - set(one) == {"objective/collapse_warning"}
+        assert set(two) - set(one) - {"mismatch/alarm"} == {"objective/collapse_warning"}
         assert two == approx_metrics(one)
 
 
