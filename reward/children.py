@@ -29,6 +29,8 @@ _HONEST_CPU_S = 0.1
 STARVED_CPU_S = 0.05
 """An honest comparison takes 3-20 ms: a child that got less than this, or than a tenth of its deadline, hangs in the
 scheduler's queue and not in its answer."""
+STARVED_SHARE = 0.5
+"""Of its deadline: a program that waited for a CPU for longer was not shown to be slow."""
 _SLOW_NICENESS = 10
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _BOOTSTRAP = (
@@ -202,6 +204,16 @@ class Child:
         """CPU used since `begin`."""
         return self._total_cpu_s() - self.cpu_before_s
 
+    def waited_s(self) -> float:
+        """How long it and the processes below it waited for a CPU; 0 where the kernel does not tell.
+
+        Without those that ended: of a program with many inputs, the run in progress.
+        """
+        family = [self.pid]
+        for member in family:  # grows meanwhile
+            family += [int(pid) for pid in _read_proc(member, f"task/{member}/children")]
+        return sum(int(nanoseconds) for member in family for nanoseconds in _read_proc(member, "schedstat")[1:2]) / 1e9
+
     def _total_cpu_s(self) -> float:
         """CPU used by the child since its start; 0 once it is gone."""
         try:
@@ -210,3 +222,12 @@ class Child:
         except (FileNotFoundError, ProcessLookupError):
             return 0.0
         return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
+
+
+def _read_proc(pid: int, name: str) -> list[str]:
+    """The words of a file of a process; none if it is gone, or the kernel has no such file."""
+    try:
+        with open(f"/proc/{pid}/{name}", encoding="ascii") as file:
+            return file.read().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []

@@ -84,7 +84,12 @@ def read_tests(gold: str | dict[str, Any]) -> ProgramTests:
     if gold.get("test_list"):
         return ProgramTests(_lines(gold, "test_list"), preamble=_lines(gold, "test_import"))
     if gold.get("test_cases") or gold.get("inputs"):
-        return _read_cases(_pairs(gold), _text(gold, "fn_name"))
+        function = _text(gold, "fn_name")
+        if function and not function.isidentifier():
+            raise TestsError(
+                f"fn_name {_shown(function)} of the gold value of a code task is not the name of a function"
+            )
+        return _read_cases(_pairs(gold), function)
     raise TestsError(
         f"the gold value of a code task has keys {sorted(gold)}; expected test and entry_point, test_list, "
         "test_cases, or inputs and outputs of one length"
@@ -208,7 +213,11 @@ def run_tests(program: str, tests: ProgramTests, runner: Runner) -> tuple[Verdic
 
 
 def _run_asserts(program: str, tests: ProgramTests, runner: Runner) -> tuple[Verdict, str]:
-    if tests.prompt and tests.entry_point and not re.search(rf"^\s*def\s+{tests.entry_point}\b", program, re.MULTILINE):
+    if (
+        tests.prompt
+        and tests.entry_point
+        and not re.search(rf"^\s*def\s+{re.escape(tests.entry_point)}\b", program, re.MULTILINE)
+    ):
         program = tests.prompt + program
     passed = secrets.token_hex(16)
     source = "\n".join((tests.preamble, program, tests.asserts))

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reward import landlock, seccomp
-from reward.children import STARVED_CPU_S, Child, ForkServer, ServerDiedError
+from reward.children import STARVED_CPU_S, STARVED_SHARE, Child, ForkServer, ServerDiedError
 from reward.confinement import Limits
 from reward.fork_server import ServerOptions
 from reward.verdict import Verdict
@@ -57,7 +57,9 @@ class Job:
     confined: bool = False
     """In a process of its own, isolated: for programs written by a model."""
     burns_cpu: bool = False
-    """It never sleeps: without a verdict and without CPU it was starved, and is tried a second time."""
+    """It never sleeps: without a verdict and without CPU it was starved, and is tried a second time.
+
+    Of a confined job the kernel is asked how long it waited for a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,13 +273,22 @@ class _Dispatcher(threading.Thread):
         """Kill a child at its deadline. Its job has timed out, unless the machine gave it no time to speak of."""
         deadline_s, cpu_s = self._limits.deadline_s, child.cpu_s()
         job, future = self._busy[child][0]
-        starved = cpu_s < min(STARVED_CPU_S, 0.1 * deadline_s)
-        if starved and job.burns_cpu and future not in self._second_tries:
+        if job.confined:  # what a program used is not the child's
+            starved = child.waited_s() > STARVED_SHARE * deadline_s
+        else:
+            starved = job.burns_cpu and cpu_s < min(STARVED_CPU_S, 0.1 * deadline_s)
+        if starved and future not in self._second_tries:
             self._second_tries.add(future)
             self._counts["jobs_starved"] += 1
-            logger.warning("a grader child got %.3f s of CPU in %g s: this machine is overloaded", cpu_s, deadline_s)
+            logger.warning(
+                "a grader child got %.3f s of CPU, and with its program waited %.1f s for one, in %g s: "
+                "this machine is overloaded",
+                cpu_s,
+                child.waited_s(),
+                deadline_s,
+            )
         else:
-            used = f" ({cpu_s:.2f} s of CPU)" if job.burns_cpu else ""  # what a program used is not the child's
+            used = f" ({cpu_s:.2f} s of CPU)" if job.burns_cpu else ""
             self._finish(child, Verdict.TIMEOUT, f"no verdict within {deadline_s:g} s{used}; killed")
         self._discard(child)
 

@@ -25,6 +25,7 @@ HUMANEVAL = {
     "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n",
     "entry_point": "add",
 }
+METHOD = HUMANEVAL | {"prompt": "import math\n", "entry_point": "Solution(*()).add"}
 MBPP = {"test_list": ["assert area(2, 3) == 6", "assert math.isclose(area(1, .5), .5)"], "test_import": ["import math"]}
 STANDARD_INPUT = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7.0\n"]}
 APPS_FUNCTION = {"fn_name": "f", "inputs": [[[1, 2], "a"], [[5], "b"]], "outputs": ["3a", "5b"]}
@@ -48,6 +49,7 @@ def run(verifier: Verifier, programs: list[str], gold: dict[str, Any] | str) -> 
         (HUMANEVAL, "def add(a, b):\n    return a + b", Verdict.CORRECT),
         (HUMANEVAL, "return a + b", Verdict.CORRECT),
         (HUMANEVAL, "def add(a, b):\n    return a - b", Verdict.INCORRECT),
+        (METHOD, "class Solution:\n    def add(self, a, b): return a + b", Verdict.CORRECT),
         (HUMANEVAL, "def sub(a, b):\n    return a - b", Verdict.INCORRECT),
         (json.dumps(HUMANEVAL), "def add(a, b):\n    return a + b", Verdict.CORRECT),
         (MBPP, "def area(a, b): return a * b", Verdict.CORRECT),
@@ -289,6 +291,7 @@ def test_extract_program(text: str, program: str | None) -> None:
         ({"fn_name": "f", "inputs": ["1\n[2"], "outputs": ["1"]}, "its input .* is not JSON"),
         ({"fn_name": "f", "inputs": ["1"], "outputs": ["True"]}, "its output 'True' is not JSON"),
         ({"fn_name": "f", "inputs": ["1"], "outputs": ["NaN"]}, "NaN"),
+        ({"fn_name": "a.b", "inputs": ["1"], "outputs": ["1"]}, "fn_name 'a.b' .* is not the name"),
         ({"fn_name": 1, "inputs": ["1"], "outputs": ["1"]}, "fn_name of .* is a int"),
         ({"inputs": ["1" * 8_000_000] * 2, "outputs": ["1"] * 2}, "takes 16000.* bytes .* the limit is 15728640"),
         ({"inputs": ["1 " * 4_500_000] * 2, "outputs": ["1"] * 2}, "18000.* exceeds the limit of 16777216"),

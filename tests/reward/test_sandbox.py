@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from reward.children import Child
 from reward.confinement import Limits
 from reward.extraction import Answer
 from reward.sandbox import Job, Outcome, Sandbox, SandboxError
@@ -264,3 +266,35 @@ def test_only_one_second_try_and_only_for_what_never_sleeps(sandbox: Sandbox) ->
     twice = ask(sandbox, Job(users("sleep").payload, burns_cpu=True))
     assert twice.verdict is Verdict.TIMEOUT
     assert sandbox.stats()["jobs_starved"] == before + 1
+
+
+@pytest.mark.parametrize(("waited_s", "tries"), [(0.9 * DEADLINE_S, 2), (0.1 * DEADLINE_S, 1)])
+def test_a_program_that_waited_for_a_cpu_gets_a_second_try(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, waited_s: float, tries: int
+) -> None:
+    before = sandbox.stats()["jobs_starved"]
+    monkeypatch.setattr("reward.children.Child.waited_s", lambda _: waited_s)
+    program = Job({"task": "code", "program": "import time\ntime.sleep(60)", "gold": {"test_list": ["1"]}}, True)
+    assert ask(sandbox, program).verdict is Verdict.TIMEOUT
+    assert sandbox.stats()["jobs_starved"] == before + tries - 1
+
+
+@pytest.mark.skipif(
+    not (Path("/proc/self/schedstat").exists() and Path(f"/proc/self/task/{os.getpid()}/children").exists()),
+    reason="this kernel does not tell",
+)
+def test_waiting_for_a_cpu_counts_for_all_below_a_child() -> None:
+    """Two that burn the same CPU, below one that sleeps: each waits while the other runs."""
+    burn = "import os, time\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    burn += "if os.fork() == 0 or os.fork() == 0:\n    while True: pass\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", burn], start_new_session=True) as process, socket.socket() as unused:
+        child = Child(process.pid, unused, confined=True)
+        try:
+            give_up = time.monotonic() + WAIT_S
+            while child.waited_s() < 1.0:
+                assert time.monotonic() < give_up
+                time.sleep(0.02)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(WAIT_S)
+        assert child.waited_s() == 0.0
