@@ -27,6 +27,7 @@ from orchestration.kuberay_schema import (
     newest_release_needed,
     release_order,
 )
+from orchestration.validate import require_trainable
 
 RAY_KINDS = ("RayJob", "RayCluster")
 EXIT_DONE, EXIT_CONFIG = 0, 2
@@ -113,6 +114,7 @@ def _validate(namespace: argparse.Namespace) -> int:
 
 def _render(namespace: argparse.Namespace) -> int:
     config = load_config(namespace.config, namespace.overrides)
+    require_trainable(config)
     shape = _shape(namespace)
     base = render(config, shape)
     documents = base

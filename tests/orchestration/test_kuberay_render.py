@@ -206,6 +206,7 @@ def recipe(tmp_path: Path) -> str:
         (["--claim", ""], r"--claim '': must be lower case"),
         (["--claim", "my_claim"], r"--claim 'my_claim': must be lower case"),
         (["--deadline-s", "0"], r"--deadline-s 0: must be positive"),
+        (["sampling.temperature=0"], r"sampling.temperature=0 with thinking: soft: training needs noise"),
         (["--backoff-limit", "-1"], r"spec.backoffLimit: -1 is negative"),
     ],
 )
