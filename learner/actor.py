@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learner.saved import SavedPart
-from learner.spec import LearnerError, LearnerSpec, ScoredGroup
+from learner.spec import LearnerError, LearnerSpec, Refused, ScoredGroup
 from rollout.lean_imports import lean_imports
 from rollout.nccl_transfer import NcclGroup, NcclSender, TransferError
 from rollout.transport import Link, Part, Sender, make_sender
@@ -68,6 +68,7 @@ class LearnerRank:
             from learner.trainer import Trainer
 
         self._trainer = Trainer(self.spec, self.rank, None if checkpoint is None else Path(checkpoint))
+        self._give_memory_back()
         return {"rank": self.rank, "pid": os.getpid(), **self._trainer.describe()}
 
     def fetch(self, groups: Sequence[ScoredGroup]) -> list[str]:
@@ -93,7 +94,11 @@ class LearnerRank:
     def train(self, step: int) -> dict[str, float]:
         """Training step number `step` on what was fetched; collective."""
         groups, self._groups = self._groups, []
-        return self.trainer.train(groups, step)
+        try:
+            return self.trainer.train(groups, step)
+        except Refused:
+            self._give_memory_back()  # no version comes of it: the engine wakes with the old one
+            raise
 
     def publish(self, version: int) -> Iterator[Part | Link]:
         """Yield the parts of the current weights, labelled `version`, the link last; collective, only rank 0 yields.
@@ -116,14 +121,14 @@ class LearnerRank:
             # A generator whose part finds no room Ray closes, before it reports that; the other ranks gather on.
             for _ in weights:
                 pass
-            if self.spec.shares_device:
-                self._give_memory_back()
+            self._give_memory_back()
 
     def _give_memory_back(self) -> None:
-        """What torch keeps for the next step, the engine on this GPU needs for its weights and KV until then."""
-        import torch
+        """What torch keeps for the next step, an engine on this GPU needs for its weights and KV until then."""
+        if self.spec.shares_device:
+            import torch
 
-        torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     def broadcast(self, manifest: WeightManifest, group: NcclGroup) -> None:
         """Send the version published last to the engines of `group`; collective, only rank 0 sends."""

@@ -93,8 +93,9 @@ def deepspeed_config(spec: LearnerSpec) -> dict[str, Any]:
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
             # Below stage 2 gradients are reduced in `step` only: there is no backward pass to overlap with, and
-            # DeepSpeed refuses to start.
-            "overlap_comm": spec.device == "cuda" and stage >= 2,
+            # DeepSpeed refuses to start. At stage 2 it frees the gradient of a parameter larger than a bucket on ranks
+            # that own no part of it while its copy on another stream may still be under way.
+            "overlap_comm": spec.device == "cuda" and stage == 3,
         },
         "checkpoint": {"tag_validation": "Fail"},
     }

@@ -72,6 +72,12 @@ def impossible_combinations(config: Config) -> list[str]:
             f"{config.rollout.num_gpus:g}: NCCL joins whole GPUs, no CPU and no GPU that two actors share; set both to "
             "at least 1 or transport: object_store"
         )
+    if 0 < config.learner.num_gpus < 1 < config.learner.world_size:
+        problems.append(
+            f"learner.num_gpus={config.learner.num_gpus:g} with learner.world_size={config.learner.world_size}: ranks "
+            "that share a GPU would get the same one, and NCCL joins no two there; set learner.num_gpus: 1, or "
+            "world_size: 1"
+        )
     if config.rollout.num_gpus and config.rollout.num_gpus < 1 and config.rollout.tensor_parallel_size > 1:
         problems.append(
             f"rollout.num_gpus={config.rollout.num_gpus} with tensor_parallel_size="

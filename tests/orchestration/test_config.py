@@ -74,6 +74,7 @@ def recipe(tmp_path: Path) -> Path:
             ["importance_cap=2.0", "old_log_density: recompute"],
         ),
         ({"rollout": {"num_gpus": 0.5, "tensor_parallel_size": 2}}, ["num_gpus=0.5", "set num_gpus to 2"]),
+        ({"learner": {"num_gpus": 0.5, "world_size": 2}}, ["num_gpus=0.5", "world_size=2", "get the same one"]),
         ({"pipeline": {"transport": "nccl"}}, ["learner.num_gpus=0", "set both to at least 1"]),
         (
             {"pipeline": {"transport": "nccl"}, "learner": {"num_gpus": 1}, "rollout": {"num_gpus": 0.5}},

