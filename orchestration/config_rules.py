@@ -10,35 +10,19 @@ if TYPE_CHECKING:
     from orchestration.config import Config
 
 
+REFERENCE_SAMPLING = {"noise_clip": (-1.5, 3.0), "log_epsilon": 1e-6, "noise_scale": 1.0}
+"""What `learner.likelihood` takes for granted in `reference` (it is not asked: it imports torch)."""
+
+
 def impossible_combinations(config: Config) -> list[str]:
     """One message per combination that no part could run, with keys, values and the fix."""
     sampling, algorithm = config.sampling, config.algorithm
     problems = []
-    soft = sampling.thinking == "soft"
-    if soft and sampling.censor_delta is not None and algorithm.likelihood != "censored":
-        problems.append(
-            f"sampling.censor_delta={sampling.censor_delta} with algorithm.likelihood={algorithm.likelihood}: "
-            "censoring is executed only for the censored likelihood; remove censor_delta or set likelihood: censored"
-        )
-    family = {"gaussian": "gaussian", "dirichlet": "dirichlet"}.get(sampling.noise, "gumbel")
-    wanted = {"gaussian": "gaussian", "dirichlet": "dirichlet"}.get(algorithm.likelihood, "gumbel")
-    if soft and sampling.noise == "none" and algorithm.likelihood not in ("argmax", "none"):
-        problems.append(
-            f"sampling.noise=none with algorithm.likelihood={algorithm.likelihood}: without noise a soft token has no "
-            "density; set noise: gumbel"
-        )
-    elif soft and algorithm.likelihood not in ("none", "argmax") and family != wanted:
-        problems.append(
-            f"sampling.noise={sampling.noise} with algorithm.likelihood={algorithm.likelihood}: the likelihood is of "
-            f"{wanted} noise; set noise: {wanted} or likelihood: {family if family != 'gumbel' else 'censored'}"
-        )
-    if soft and sampling.noise_clip is not None and algorithm.likelihood not in ("reference", "argmax", "none"):
-        problems.append(
-            f"sampling.noise_clip={list(sampling.noise_clip)} with algorithm.likelihood={algorithm.likelihood}: "
-            "clipped noise has no such density; remove noise_clip (only likelihood: reference uses it)"
-        )
     if sampling.noise_clip is not None and sampling.noise_clip[0] >= sampling.noise_clip[1]:
         problems.append(f"sampling.noise_clip={list(sampling.noise_clip)}: give [low, high] with low < high")
+    if sampling.thinking == "soft":
+        problems += _without_density(config)
+        problems += _other_than_released(config) if algorithm.likelihood == "reference" else ()
     if algorithm.importance_cap is not None and algorithm.old_log_density == "behaviour":
         problems.append(
             f"algorithm.importance_cap={algorithm.importance_cap} with old_log_density=behaviour: the ratio already "
@@ -85,6 +69,75 @@ def impossible_combinations(config: Config) -> list[str]:
             f"{config.rollout.tensor_parallel_size}"
         )
     return problems
+
+
+def _without_density(config: Config) -> list[str]:
+    """Soft tokens drawn in a way that the likelihood is not the density of; without one (`none`) all will do."""
+    sampling, likelihood = config.sampling, config.algorithm.likelihood
+    problems = []
+    if sampling.censor_delta is not None and likelihood != "censored":
+        problems.append(
+            f"sampling.censor_delta={sampling.censor_delta} with algorithm.likelihood={likelihood}: censoring is "
+            "executed only for the censored likelihood; remove censor_delta or set likelihood: censored"
+        )
+    if likelihood == "none":
+        return problems
+    wanted = likelihood if likelihood in ("gaussian", "dirichlet") else "gumbel"
+    if sampling.noise == "none":
+        problems.append(
+            f"sampling.noise=none with algorithm.likelihood={likelihood}: without noise a soft token has no density; "
+            "set noise: gumbel"
+        )
+    elif sampling.noise != wanted:
+        other = "censored" if sampling.noise == "gumbel" else sampling.noise
+        problems.append(
+            f"sampling.noise={sampling.noise} with algorithm.likelihood={likelihood}: the likelihood is of {wanted} "
+            f"noise; set noise: {wanted} or likelihood: {other}"
+        )
+    if sampling.noise_clip is not None and likelihood != "reference":
+        problems.append(
+            f"sampling.noise_clip={list(sampling.noise_clip)} with algorithm.likelihood={likelihood}: clipped noise "
+            "has no such density; remove noise_clip (only likelihood: reference uses it)"
+        )
+    if sampling.log_epsilon and likelihood != "reference":
+        problems.append(
+            f"sampling.log_epsilon={sampling.log_epsilon:g} with algorithm.likelihood={likelihood}: candidates that "
+            "were filtered out would enter the mixture, and the likelihood leaves them out; remove log_epsilon (only "
+            "likelihood: reference uses it)"
+        )
+    return problems
+
+
+def _other_than_released(config: Config) -> list[str]:
+    """`reference` repeats the released code: its scores are those of one way to draw and to compare."""
+    sampling, algorithm = config.sampling, config.algorithm
+    found = {name: getattr(sampling, name) for name in REFERENCE_SAMPLING}
+    problems = []
+    if found != REFERENCE_SAMPLING:
+        given = ", ".join(f"sampling.{name}={_shown(value)}" for name, value in found.items())
+        wanted = ", ".join(f"{name}: {_shown(value)}" for name, value in REFERENCE_SAMPLING.items())
+        problems.append(
+            f"algorithm.likelihood=reference with {given}: it scores soft tokens as the released code draws them, "
+            f"whatever was drawn; set {wanted}, or another likelihood"
+        )
+    starts_at_engine = {
+        "old_log_density=behaviour": algorithm.old_log_density == "behaviour",
+        f"importance_cap={algorithm.importance_cap}": algorithm.importance_cap is not None,
+    }
+    problems += [
+        f"algorithm.likelihood=reference with {what}: the engine's record leaves out the probability of filtered "
+        "candidates, which this likelihood counts: the ratio would not start from 1; set old_log_density: recompute "
+        "and no importance_cap, or another likelihood"
+        for what, asked in starts_at_engine.items()
+        if asked
+    ]
+    return problems
+
+
+def _shown(value: float | tuple[float, float] | None) -> str:
+    if isinstance(value, tuple):
+        return f"[{value[0]:g}, {value[1]:g}]"
+    return "null" if value is None else f"{value:g}"
 
 
 def untrainable(config: Config) -> list[str]:

@@ -55,7 +55,12 @@ COMPARED = (
     Arm(
         "demo-reference",
         "SofT-GRPO, likelihood of the released code",
-        ("algorithm.likelihood=reference", "sampling.noise_clip=[-1.5, 3.0]", "sampling.log_epsilon=1.0e-6"),
+        (
+            "algorithm.likelihood=reference",
+            "algorithm.old_log_density=recompute",  # a ratio to the engine's record would not be of this likelihood
+            "sampling.noise_clip=[-1.5, 3.0]",
+            "sampling.log_epsilon=1.0e-6",
+        ),
     ),
     Arm("demo-control", "control: answer tokens only", ("algorithm.likelihood=none",)),
 )

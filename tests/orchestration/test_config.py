@@ -10,8 +10,11 @@ import pytest
 import yaml
 
 from orchestration.config import Config, ConfigError, dump_config, load_config, parse_config
+from orchestration.config_rules import REFERENCE_SAMPLING
 
 MINIMAL: dict[str, Any] = {"name": "t", "model": {"path": "m"}, "data": {"train": {"path": "d"}}}
+
+RELEASED = {"noise_clip": [-1.5, 3.0], "log_epsilon": 1e-6}
 
 
 def configure(**sections: Any) -> Config:
@@ -65,6 +68,43 @@ def recipe(tmp_path: Path) -> Path:
             {"sampling": {"noise_clip": [3, -1.5]}, "algorithm": {"likelihood": "reference"}},
             ["noise_clip=[3.0, -1.5]", "low < high"],
         ),
+        *(
+            ({"sampling": {"noise": noise}, "algorithm": {"likelihood": "argmax"}}, [f"noise={noise}", "noise: gumbel"])
+            for noise in ("gaussian", "dirichlet", "none")
+        ),
+        (
+            {"sampling": {"noise_clip": [-1.5, 3]}, "algorithm": {"likelihood": "argmax"}},
+            ["noise_clip=[-1.5, 3.0]", "likelihood=argmax", "remove noise_clip"],
+        ),
+        *(
+            (
+                {"sampling": {"log_epsilon": 1e-6, "noise": noise}, "algorithm": {"likelihood": likelihood}},
+                ["log_epsilon=1e-06", f"likelihood={likelihood}", "remove log_epsilon"],
+            )
+            for likelihood, noise in (("censored", "gumbel"), ("argmax", "gumbel"), ("gaussian", "gaussian"))
+        ),
+        *(
+            (
+                {"sampling": {**RELEASED, **change}, "algorithm": {"likelihood": "reference"}},
+                ["likelihood=reference", words, "noise_clip: [-1.5, 3], log_epsilon: 1e-06, noise_scale: 1"],
+            )
+            for change, words in (
+                ({"noise_clip": None}, "sampling.noise_clip=null"),
+                ({"noise_clip": [-1.5, 2]}, "sampling.noise_clip=[-1.5, 2]"),
+                ({"log_epsilon": 0}, "sampling.log_epsilon=0"),
+                ({"noise_scale": 0.5}, "sampling.noise_scale=0.5"),
+            )
+        ),
+        *(
+            (
+                {"sampling": RELEASED, "algorithm": {"likelihood": "reference", **change}},
+                ["likelihood=reference", words, "set old_log_density: recompute and no importance_cap"],
+            )
+            for change, words in (
+                ({"old_log_density": "behaviour"}, "old_log_density=behaviour"),
+                ({"importance_cap": 2.0}, "importance_cap=2.0"),
+            )
+        ),
         (
             {"sampling": {"censor_delta": 0.01}, "algorithm": {"likelihood": "concrete"}},
             ["censor_delta=0.01", "remove censor_delta"],
@@ -100,6 +140,23 @@ def test_several_mistakes_are_told_together() -> None:
 def test_discrete_thinking_needs_nothing_of_soft_tokens() -> None:
     config = configure(sampling={"thinking": "discrete", "noise": "none", "temperature": 0})
     assert config.censor_delta is None
+
+
+def test_the_released_way_to_draw_is_the_one_that_reference_scores() -> None:
+    from learner.likelihood import REFERENCE_CLIP, REFERENCE_LOG_EPSILON
+
+    assert (
+        REFERENCE_SAMPLING["noise_clip"],
+        REFERENCE_SAMPLING["log_epsilon"],
+    ) == (REFERENCE_CLIP, REFERENCE_LOG_EPSILON)
+    config = configure(sampling=RELEASED, algorithm={"likelihood": "reference"})
+    assert config.sampling.noise_clip == REFERENCE_CLIP
+
+
+@pytest.mark.parametrize("noise", ["gumbel", "gaussian", "none"])
+def test_what_no_likelihood_scores_may_be_drawn_in_any_way(noise: str) -> None:
+    configure(sampling={**RELEASED, "noise": noise, "noise_scale": 0.5}, algorithm={"likelihood": "none"})
+    configure(sampling={**RELEASED, "noise": noise, "thinking": "discrete"})
 
 
 def test_censoring_follows_the_likelihood() -> None:
@@ -163,7 +220,7 @@ def test_secrets_are_not_repeated(recipe: Path, override: str) -> None:
 
 
 def test_what_is_saved_loads_to_the_same(tmp_path: Path) -> None:
-    config = configure(sampling={"noise_clip": [-1.5, 3.0]}, algorithm={"likelihood": "reference"})
+    config = configure(sampling=RELEASED, algorithm={"likelihood": "reference"})
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     assert load_config(path) == config

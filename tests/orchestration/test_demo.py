@@ -108,7 +108,12 @@ def test_arms_differ_from_the_demo_in_what_they_say_only() -> None:
         }
     assert changed == {
         "demo-discrete": {"sampling.thinking"},
-        "demo-reference": {"algorithm.likelihood", "sampling.noise_clip", "sampling.log_epsilon"},
+        "demo-reference": {
+            "algorithm.likelihood",
+            "algorithm.old_log_density",
+            "sampling.noise_clip",
+            "sampling.log_epsilon",
+        },
         "demo-control": {"algorithm.likelihood"},
     }
 
