@@ -58,8 +58,8 @@ class RunEvaluation:
 
     def after_step(self, step: int) -> None:
         """Start an evaluation beside training if one is due; returns at once."""
-        every = self.config.evaluation.every_steps
-        if not self.prompts or not every or step % every or step == self.config.steps:
+        every, at_end = self.config.evaluation.every_steps, self.config.evaluation.before_and_after
+        if not self.prompts or not every or step % every or (at_end and step == self.config.steps):
             return
         if self._beside is not None and not self._beside.done():
             self.skipped += 1

@@ -305,6 +305,14 @@ def test_stop_request_leaves_a_checkpoint_with_everything(tmp_path: Path) -> Non
     assert len(trained) == len(set(trained)) == 200
 
 
+@pytest.mark.parametrize("keep_last", [1, 3])
+def test_the_newest_checkpoints_are_kept(keep_last: int, tmp_path: Path) -> None:
+    config = simulated_config(tmp_path, steps=4, checkpoint__every_steps=1, checkpoint__keep_last=keep_last)
+    Simulation(config).run()
+    kept = sorted(path.name for path in (config.run_dir / "checkpoints").glob("step_*"))
+    assert kept == [f"step_{step:06d}" for step in range(5 - keep_last, 5)]
+
+
 def test_a_broken_verifier_pauses_training_until_it_works_again(tmp_path: Path) -> None:
     broken_between = (30.0, 50.0)
     ungraded: set[str] = set()

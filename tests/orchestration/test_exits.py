@@ -31,8 +31,8 @@ NOTHING_YET = "there is no checkpoint; --resume starts from the beginning"
 class Attempt(train.TrainingRun):
     """An attempt whose work is given; nothing of Ray is started."""
 
-    def __init__(self, place: Path, work: Callable[[], Awaitable[None]]) -> None:
-        self.config = simulated_config(place)
+    def __init__(self, place: Path, work: Callable[[], Awaitable[None]], **changes: Any) -> None:
+        self.config = simulated_config(place, **changes)
         self.directory = RunDirectory(place)
         self.verdicts: list[str] = []
         self.tracker: Any = SimpleNamespace(close=self.verdicts.append)
@@ -144,6 +144,31 @@ def test_pools_that_cannot_be_killed_change_nothing(tmp_path: Path, caplog: pyte
     with pytest.raises(RuntimeError, match="gone"):
         run(attempt)
     assert attempt.verdicts == ["FINISHED"], "closed whatever happens"
+
+
+@pytest.mark.parametrize("end", ["a stop", "an error"])
+def test_the_last_step_and_checkpoint_have_their_grace_and_no_more(
+    end: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    finished: list[bool] = []
+
+    async def finish() -> None:
+        await asyncio.sleep(9)
+        finished.append(True)
+
+    async def work() -> None:
+        if end == "an error":
+            raise PoolExhausted("budget spent")
+        os.kill(os.getpid(), signal.SIGTERM)
+        await finish()
+
+    attempt = Attempt(tmp_path, work, checkpoint__stop_grace_s=0.3)
+    slots = SimpleNamespace(training=False)
+    attempt.controller = SimpleNamespace(request_stop=lambda: None, checkpoint=finish, slots=slots)  # type: ignore[assignment]
+    attempt.learner = SimpleNamespace(alive=True, kill=lambda: None)  # type: ignore[assignment]
+    assert run(attempt) == (EXIT_STOPPED if end == "a stop" else EXIT_ERROR)
+    assert not finished
+    assert ("no checkpoint at the end" in caplog.text) == (end == "an error")
 
 
 @pytest.fixture

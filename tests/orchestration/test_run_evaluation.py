@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 
 from orchestration.config import Config, parse_config
+from orchestration.evaluate import EvaluationSettings, evaluate
 from orchestration.failures import GroupFailed
 from orchestration.run_evaluation import RunEvaluation
 from orchestration.run_state import RunDirectory, RunState
 from tests.orchestration.test_evaluate import MemoryPools, prompt_set
 
 
-def config(step_timeout_s: float, **evaluation: Any) -> Config:
+def config(step_timeout_s: float, thinking: str = "soft", **evaluation: Any) -> Config:
     tree = {
         "name": "run",
+        "seed": 7,
+        "sampling": {"thinking": thinking},
         "steps": 6,
         "model": {"path": "model"},
         "data": {"train": {"path": "train.jsonl"}},
@@ -59,6 +62,16 @@ def test_before_and_after_make_the_summary(tmp_path: Path) -> None:
     assert record["seconds"] >= 0
     assert record["datasets"]["toy"]["before"]["pass@1"] == 0.25
     assert [step for step, _ in harness.logged] == [0, 6]
+
+
+@pytest.mark.parametrize("thinking", ["soft", "discrete"])
+def test_the_policy_is_asked_as_it_is_trained(thinking: str, tmp_path: Path) -> None:
+    harness = Harness(tmp_path, thinking=thinking, limit=1)
+    asyncio.run(harness.evaluation.before())
+    asked = MemoryPools()
+    asyncio.run(evaluate(asked, prompt_set("a"), EvaluationSettings(samples=4, seed=7)))
+    assert [(r.prompt_id, r.seed) for r in harness.pools.requests] == [(r.prompt_id, r.seed) for r in asked.requests]
+    assert {request.thinking for request in harness.pools.requests} == {thinking}
 
 
 def test_a_resumed_run_does_not_repeat_an_evaluation(tmp_path: Path) -> None:
@@ -152,13 +165,21 @@ def test_a_checkpoint_that_is_written_for_ever_does_not_hold_the_end_up(
     asyncio.run(run())
 
 
-def test_the_last_checkpoint_may_be_the_best(tmp_path: Path) -> None:
-    harness = Harness(tmp_path, every_steps=3)
+@pytest.mark.parametrize("before_and_after", [True, False])
+def test_a_due_last_step_is_evaluated_once(before_and_after: bool, tmp_path: Path) -> None:
+    """At the end where there is an evaluation, like any other step where there is none."""
+    harness = Harness(tmp_path, every_steps=3, before_and_after=before_and_after)
     (tmp_path / "checkpoints" / "step_000006").mkdir()
-    asyncio.run(harness.evaluation.finish(6))
+
+    async def run() -> None:
+        harness.evaluation.after_step(6)
+        await harness.evaluation.finish(6)
+
+    asyncio.run(run())
+    assert [step for step, _ in harness.logged] == [6]
+    assert json.loads((tmp_path / "summary.json").read_text())["after"] is not None
     best = harness.directory.best()
-    assert best is not None
-    assert best[0].name == "step_000006"
+    assert best is not None and best[0].name == "step_000006"
 
 
 def test_a_slow_evaluation_skips_the_next_instead_of_piling_up(tmp_path: Path) -> None:

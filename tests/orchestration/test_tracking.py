@@ -346,17 +346,17 @@ def test_sqlite_is_the_default_store(tmp_path: Path, impatient: None, monkeypatc
     from mlflow import MlflowClient
 
     monkeypatch.setattr(tracking, "CLOSE_S", 60.0)
-    (tmp_path / "outputs" / "t").mkdir(parents=True)
-    (tmp_path / "outputs" / "t" / "config.yaml").write_text("name: t\n")
-    tracker = Tracker.open(configure(tmp_path / "outputs" / "t", tracking={"registered_model": "tiny"}))
+    run_dir = tmp_path / "outputs" / "t"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text("name: t\n")
+    tracker = Tracker.open(configure(run_dir, tracking={"registered_model": "tiny", "experiment": "other"}))
     tracker.log({"reward/mean": 0.5, "kl/mean": float("nan")}, 1)
     tracker.register_model(tmp_path / "model")
     (tmp_path / "plot.png").write_bytes(b"png")
     tracker.artifact(tmp_path / "plot.png", "plots")
     tracker.close("FINISHED")
     client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
-    experiment = client.get_experiment_by_name("softgrpo")
-    assert experiment is not None
+    (experiment,) = client.search_experiments(filter_string="name = 'other'")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED" and run.info.run_name == "t"
     assert run.data.metrics["reward/mean"] == 0.5 and run.data.metrics["nonfinite/kl/mean"] == 1

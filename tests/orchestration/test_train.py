@@ -95,11 +95,12 @@ def test_a_resumed_attempt_takes_tracking_back_and_its_checkpoints_hold_it(
     monkeypatch.setattr(train, "labelled_pools", frozenset)
     monkeypatch.setattr(train, "MetricsExporter", lambda name: None)
     monkeypatch.setattr(train, "_describe_dataset", lambda resolved: ("toy", "digest", "path"))
-    config = simulated_config(tmp_path, tracking__mlflow=False)
+    config = simulated_config(tmp_path, tracking__mlflow=False, seed=7)
     resolved: Any = SimpleNamespace(config=config, train=prompt_set("a", "b"), evaluation=())
     directory = RunDirectory(config.run_dir)
     directory.create(config, resume=False)
     first = train.TrainingRun(resolved, directory, StopSignals(), resume=False)
+    assert first.stream.state()["seed"] == 7, "the order of the prompts is that of the run's seed"
     first.tracker.log({"reward/mean": 0.5}, 1)
     synced: list[str] = []
     fsync = os.fsync
