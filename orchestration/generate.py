@@ -127,7 +127,9 @@ def prepare(
             "sampling": config.sampling.model_copy(update={"max_new_tokens": tokens}),
         }
     )
-    end_id = end_of_thinking_id(config.model, tokenizer, facts.vocab_size) if thinking == "soft" else None
+    end_id = None
+    if thinking == "soft":
+        end_id = end_of_thinking_id(config.model, tokenizer, facts.vocab_size, trains=False)
     return Resolved(fitted, directory, facts, tokenizer, end_id, None, (), (), ()), encoded
 
 

@@ -187,10 +187,11 @@ def resolve_model_dir(model: ModelConfig) -> Path | None:
         ) from None
 
 
-def end_of_thinking_id(model: ModelConfig, tokenizer: PromptTokenizer, vocabulary: int) -> int:
+def end_of_thinking_id(model: ModelConfig, tokenizer: PromptTokenizer, vocabulary: int, *, trains: bool = True) -> int:
     """The single id that ends thinking; raises `ConfigError` if it is not exactly one known id.
 
-    `vocabulary` is the number of rows of the embedding; with `add_end_of_thinking` the id may lie one behind it.
+    `vocabulary` is the number of rows of the embedding; with `add_end_of_thinking` the id may lie one behind it where
+    somebody `trains`: nobody else adds it, and an untrained row that happens to be there ends nothing.
     """
     token = model.end_of_thinking
     if isinstance(token, int):
@@ -200,8 +201,13 @@ def end_of_thinking_id(model: ModelConfig, tokenizer: PromptTokenizer, vocabular
     known = tokenizer.token_id(token)
     if known is not None:
         return known
-    if model.add_end_of_thinking:
+    if model.add_end_of_thinking and trains:
         return tokenizer.size
+    if model.add_end_of_thinking:
+        raise ConfigError(
+            f"model.add_end_of_thinking: the tokenizer of {model.path} has no {token!r}, and only `softgrpo train` "
+            "adds it; give the model that training exported (RUN/model), or think in discrete tokens only"
+        )
     pieces = tokenizer.encode(token)
     raise ConfigError(
         f"model.end_of_thinking={token!r}: the tokenizer of {model.path} splits it into {len(pieces)} ids "

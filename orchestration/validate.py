@@ -114,7 +114,7 @@ def validate(config: Config, *, trains: bool = True) -> Resolved:
             missing.append(f"model.path={model_dir}: no weights (*.safetensors); the rest of the checkpoint is there")
         tokenizer = PromptTokenizer(model_dir)
         tokenizer.require_chat_template()
-        end_id = _check_end_of_thinking(config, model, tokenizer, warnings)
+        end_id = _check_end_of_thinking(config, model, tokenizer, warnings, trains)
         _check_engine(config, model)
         _check_lengths(config, model)
     train = _load(config, config.data.train, tokenizer, missing)
@@ -190,7 +190,7 @@ def check_pools(config: Config) -> Iterable[str]:
 
 
 def _check_end_of_thinking(
-    config: Config, model: ModelFacts, tokenizer: PromptTokenizer, warnings: list[str]
+    config: Config, model: ModelFacts, tokenizer: PromptTokenizer, warnings: list[str], trains: bool
 ) -> int | None:
     if tokenizer.size > model.vocab_size:
         raise ConfigError(
@@ -198,7 +198,7 @@ def _check_end_of_thinking(
             f"{model.vocab_size} rows; use the tokenizer that was saved with the model"
         )
     try:
-        end_id = end_of_thinking_id(config.model, tokenizer, model.vocab_size)
+        end_id = end_of_thinking_id(config.model, tokenizer, model.vocab_size, trains=trains)
     except ConfigError:
         if config.sampling.thinking == "discrete":
             return None

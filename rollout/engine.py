@@ -78,7 +78,7 @@ class SoftEngine:
         if len(self.tokenizer) > vocabulary:
             raise EngineError(
                 f"{self.spec.model_path}: the tokenizer has {len(self.tokenizer)} tokens but the model only "
-                f"{vocabulary} embeddings; resize the model (model.add_end_of_thinking does) or use its own tokenizer"
+                f"{vocabulary} embeddings; use the tokenizer that was saved with the model"
             )
         end = self.spec.end_of_thinking_id
         if end is not None and not 0 <= end < vocabulary:

@@ -114,6 +114,10 @@ def test_answers_get_the_room_that_the_model_has(model_dir: Path) -> None:
         prepare(str(model_dir), None, ["sampling.max_new_tokens=121"], asked, "soft")
     with pytest.raises(ConfigError, match="no such directory"):
         prepare(str(model_dir / "nothing"), None, [], asked, "soft")
+    missing = ["model.end_of_thinking=<done>", "model.add_end_of_thinking=true"]
+    with pytest.raises(ConfigError, match=r"add_end_of_thinking: .* no '<done>', and only `softgrpo train` adds it"):
+        prepare(str(model_dir), None, missing, asked, "soft")
+    assert prepare(str(model_dir), None, missing, asked, "discrete")[0].end_of_thinking_id is None
     with pytest.raises(ConfigError, match="unknown key"):
         prepare(str(model_dir), None, ["sampling.temprature=1"], asked, "soft")
 

@@ -173,6 +173,8 @@ def test_a_due_last_step_is_evaluated_once(before_and_after: bool, tmp_path: Pat
 
     async def run() -> None:
         harness.evaluation.after_step(6)
+        await asyncio.sleep(0.02)
+        assert (harness.pools.requests == []) == before_and_after, "the last one sees one policy version"
         await harness.evaluation.finish(6)
 
     asyncio.run(run())

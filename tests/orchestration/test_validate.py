@@ -181,6 +181,17 @@ def test_a_model_without_the_token_may_still_sample_discretely(tiny_model_dir: P
     assert validate(config).end_of_thinking_id is None
 
 
+def test_a_token_that_only_training_adds(tiny_model_dir: Path, questions: Path) -> None:
+    """Even where the embedding has a row to spare, whose number would be taken for it."""
+    absent = {"end_of_thinking": "<never>", "add_end_of_thinking": True}
+    config = configure(tiny_model_dir, questions, model=absent)
+    assert validate(config).end_of_thinking_id == 64
+    with pytest.raises(ConfigError, match=r"no '<never>', and only `softgrpo train` adds it; give the model that"):
+        validate(config, trains=False)
+    there = configure(tiny_model_dir, questions, model={"add_end_of_thinking": True})
+    assert validate(there, trains=False).end_of_thinking_id == 4
+
+
 def test_an_ordinary_token_as_end_of_thinking_is_a_warning(tiny_model_dir: Path, questions: Path) -> None:
     resolved = validate(configure(tiny_model_dir, questions, model={"end_of_thinking": 9}))
     assert any("is an ordinary token" in warning for warning in resolved.warnings)

@@ -298,7 +298,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.add_tokens(["<one more>"])
     tokenizer.save_pretrained(directory)
-    with pytest.raises(EngineError, match="65 tokens but the model only 64 embeddings; resize the model"):
+    with pytest.raises(EngineError, match="65 tokens but the model only 64 embeddings; use the tokenizer"):
         SoftEngine(base_spec(directory))
 
 
