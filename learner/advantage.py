@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from learner.spec import ReplayError
+
 Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce", "bnpo"]
 
 STD_EPSILON = 1e-6
@@ -39,7 +41,8 @@ def group_advantage(rewards: Tensor, group_ids: Tensor, *, estimator: Estimator)
     """rewards [N], group_ids [N] int64 -> advantages [N] fp32 (fp64 for fp64 rewards).
 
     0 where all rewards of a group are equal, except for `reinforce`, whose baseline is the whole batch. Pass the
-    rewards of the whole batch, not of one rank: `reinforce` and `bnpo` normalise over it.
+    rewards of the whole batch, not of one rank: `reinforce` and `bnpo` normalise over it. Raises `ReplayError` for
+    rewards that the estimator does not take.
     """
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     if rewards.numel() == 0:
@@ -90,7 +93,11 @@ def _bnpo(groups: Groups) -> Tensor:
     Beta, the division is by a constant density of 1. Rewards must be in [0, 1].
     """
     if bool((groups.rewards < 0).any()) or bool((groups.rewards > 1).any()):
-        raise ValueError("advantage estimator bnpo models success rates: rewards must be in [0, 1]")
+        raise ReplayError(
+            "algorithm.advantage=bnpo models success rates, rewards must be in [0, 1] and are "
+            f"{groups.rewards.min():g} to {groups.rewards.max():g}: let the weights of a rule of reward.rules sum "
+            "to 1 (0.9*math + 0.1*format), or choose another advantage"
+        )
     means = groups.means
     mean, variance = means.mean(), means.var(correction=0)
     spread = mean * (1 - mean)

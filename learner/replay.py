@@ -64,7 +64,7 @@ class StepPlan:
 def plan_step(groups: Sequence[ScoredGroup], spec: LearnerSpec, vocab_size: int) -> StepPlan:
     """Check the trajectories of resolved groups, compute advantages and cut the step into mini-batches.
 
-    Raises `ReplayError` if rewards do not fit the rows or no trajectory is left.
+    Raises `ReplayError` if rewards do not fit the rows or the estimator, or no trajectory is left.
     """
     samples, refusals = read_groups(groups, spec, vocab_size)
     for refusal in refusals:

@@ -24,7 +24,7 @@ class Refused(ValueError):
 
 
 class ReplayError(Refused):
-    """A training step that cannot be made of the given groups (none left, or rewards that fit no row)."""
+    """A training step that cannot be made of the given groups (none left, or rewards that fit no row or estimator)."""
 
     outcome = "replay"
     """Under which its groups are counted as failed."""
@@ -100,6 +100,7 @@ class LearnerSpec:
     max_new_tokens: int = 8192
     """Longest response: the constant of `aggregation: constant`, and a bound on what is accepted."""
     differentiate_soft_inputs: bool = False
+    """Lets the embedding table learn from the mixtures too; with `lora_rank` it is frozen, and nothing changes."""
 
     kl_coefficient: float = 0.001
     kl_estimator: str = "k3"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.advantage import ESTIMATORS, group_advantage
+from learner.spec import ReplayError
 
 GOLDEN = Path(__file__).parent / "golden" / "algorithms.npz"
 
@@ -67,9 +68,12 @@ def test_advantages_are_on_the_device_of_the_rewards(estimator: str) -> None:
     assert torch.equal(advantages, group_advantage(rewards, groups, estimator=estimator))  # type: ignore[arg-type]
 
 
-def test_bnpo_wants_success_rates() -> None:
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        group_advantage(torch.tensor([2.0, 0.0]), torch.tensor([0, 0]), estimator="bnpo")
+@pytest.mark.parametrize("rewards", [[1.1, 0.0], [1.0, -0.1]])
+def test_bnpo_wants_success_rates(rewards: list[float]) -> None:
+    """Others fail the batch, not the ranks: `math + 0.1*format` is above 1 in some batches only."""
+    with pytest.raises(ReplayError, match=rf"bnpo .* {min(rewards):g} to {max(rewards):g}: let the weights") as refused:
+        group_advantage(torch.tensor(rewards), torch.tensor([0, 0]), estimator="bnpo")
+    assert refused.value.outcome == "replay"
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "bnpo"])
