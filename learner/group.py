@@ -93,13 +93,15 @@ class LearnerGroup:
 
     def _start_timeouts(self, checkpoint: Path | None) -> str:
         """What a start that took too long may do about it."""
-        keys = f"raise learner.startup_timeout_s={self.spec.startup_timeout_s:g}"
-        if checkpoint is None:
-            return f"{keys} if it needs longer"
+        waits = "all wait for the last to load the model"
+        if checkpoint is not None:
+            waits = (
+                f"where {checkpoint} was saved by another number of ranks than {self.spec.world_size}, all wait for "
+                "the first to convert it"
+            )
         return (
-            f"{keys} and learner.collective_timeout_s={self.spec.collective_timeout_s:g} if it needs longer: where "
-            f"{checkpoint} was saved by another number of ranks than {self.spec.world_size}, all wait for the first to "
-            "convert it"
+            f"raise learner.startup_timeout_s={self.spec.startup_timeout_s:g} and learner.collective_timeout_s="
+            f"{self.spec.collective_timeout_s:g} if it needs longer: {waits}"
         )
 
     async def _place_ranks(self, deadline: float) -> tuple[str, int]:

@@ -269,13 +269,24 @@ def initialize_distributed(spec: LearnerSpec) -> None:
     """Join the process group that the environment names; a lost peer is noticed after `collective_timeout_s`."""
     import deepspeed
 
+    timeout = timedelta(seconds=spec.collective_timeout_s)
     # Its shared-memory reduction serves inference only; left on, the first start compiles it for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        "nccl" if spec.device == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timedelta(seconds=spec.collective_timeout_s),
-    )
+    deepspeed.init_distributed("nccl" if spec.device == "cuda" else "gloo", auto_mpi_discovery=False, timeout=timeout)
+    _bound_gradient_collectives(timeout)
+
+
+def _bound_gradient_collectives(timeout: timedelta) -> None:
+    """DeepSpeed reduces and gathers in a copy of the world group, which it would make with torch's 10 or 30 minutes."""
+    from deepspeed.utils import groups
+
+    if not hasattr(groups, "_WORLD_GROUP"):
+        raise LearnerError(
+            "this DeepSpeed does not keep its copy of the world group where 0.19 does, so that "
+            "learner.collective_timeout_s would not hold for gradients; install deepspeed>=0.19.8,<0.20"
+        )
+    if groups._WORLD_GROUP is None:
+        groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
 
 
 def _initialize(policy: PolicyModel, spec: LearnerSpec, *, trainable: bool = True, load_universal: bool = False) -> Any:

@@ -42,6 +42,11 @@ def learner_spec(model: Path, **changes: object) -> LearnerSpec:
     return replace(spec, **changes)  # type: ignore[arg-type]
 
 
+def without_machine(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics of a training step but times and memory, which no two runs share."""
+    return {name: value for name, value in metrics.items() if not name.endswith(("_s", "_s_max", "_s_mean", "_mb_max"))}
+
+
 def count_layer_runs(policy: PolicyModel) -> list[None]:
     """Grows with every run of a layer of the tiny model."""
     runs: list[None] = []

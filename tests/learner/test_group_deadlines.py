@@ -59,13 +59,14 @@ async def broken(*_: Any) -> None:
         (
             never,
             None,
-            "all ranks were killed; raise learner.startup_timeout_s=0.5 if it needs longer",
+            "killed; raise learner.startup_timeout_s=0.5 and learner.collective_timeout_s=0.2 if it needs longer: all",
         ),
         (
             never,
             Path("step_3/learner"),
             "learner.startup_timeout_s=0.5 and learner.collective_timeout_s=0.2 if it needs",
         ),
+        (timed_out, None, "all wait for the last to load the model"),
         (timed_out, Path("step_3/learner"), "step_3/learner was saved by another number of ranks than 2"),
     ],
 )

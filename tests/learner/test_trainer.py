@@ -139,33 +139,6 @@ def test_the_gradient_is_that_of_a_naive_loop(tiny_model_dir: Path, stage: int, 
     assert len(runs) == LAYERS * metrics["learner/passes"] * (2 if gradient_checkpointing else 1)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"likelihood": "none"},
-        {"likelihood": "none", "kl_coefficient": 0.1, "kl_estimator": "exact"},
-        {"kl_coefficient": 0.1, "kl_estimator": "exact_vocabulary"},
-        {"likelihood": "argmax", "policy_loss": "sapo"},
-        {"likelihood": "reference", "policy_loss": "cispo", "advantage": "rloo"},
-        {"likelihood": "concrete", "policy_loss": "gspo", "advantage": "bnpo"},
-        {"likelihood": "gumbel", "epochs": 2, "advantage": "reinforce"},
-        {"likelihood": "dirichlet", "noise": "dirichlet", "aggregation": "constant"},
-        {"old_log_density": "behaviour", "importance_cap": 2.0, "entropy_bonus": 0.01},
-        {"differentiate_soft_inputs": True, "kl_coefficient": 0.1, "kl_estimator": "k1"},
-        {"lora_rank": 2, "gradient_checkpointing": True, "kl_coefficient": 0.1, "kl_estimator": "exact"},
-    ],
-    ids=lambda options: "-".join(map(str, options.values())),
-)
-def test_every_option_reaches_the_step(options: dict[str, object], tiny_model_dir: Path) -> None:
-    groups = [make_group(seed) for seed in range(2)]
-    trainer = Trainer(learner_spec(tiny_model_dir, mini_batches=2, **options), rank=0)
-    before = weights_of(trainer)
-    metrics = trainer.train(groups, 0)
-    assert all(math.isfinite(value) for value in metrics.values())
-    assert metrics["learner/skipped_steps"] == 0 and metrics["learner/grad_norm"] > 0
-    assert any(not torch.equal(before[name], weight) for name, weight in weights_of(trainer).items())
-
-
 def test_steps_must_follow_each_other(tiny_model_dir: Path) -> None:
     trainer = Trainer(learner_spec(tiny_model_dir), rank=0)
     trainer.train([make_group(0)], 0)
