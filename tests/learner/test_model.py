@@ -79,3 +79,29 @@ def test_dropout_never_acts(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert torch.equal(forward(policy, batch)[0], forward(policy, batch)[0])
     with pytest.raises(LearnerError, match=r"config.json has attention_dropout=0.5, .*set them to 0"):
         load_policy(learner_spec(path, gradient_checkpointing=True))
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_adapters_have_the_rank_of_the_spec(rank: int, tiny_model_dir: Path) -> None:
+    policy = load_policy(learner_spec(tiny_model_dir, lora_rank=rank))
+    shapes = [weight.shape for weight in policy.parameters() if weight.requires_grad]
+    assert shapes and all(min(shape) == rank for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("lora_rank", "asked_for", "differs"), [(None, False, False), (None, True, True), (2, True, False)]
+)
+def test_a_mixture_has_a_gradient_where_asked_for_and_none_under_adapters(
+    lora_rank: int | None, asked_for: bool, differs: bool, tiny_model_dir: Path
+) -> None:
+    """Only the embedding table is behind a soft input, and adapters leave it as it is."""
+    gradients = []
+    for option in (False, asked_for):
+        torch.manual_seed(0)
+        spec = learner_spec(tiny_model_dir, lora_rank=lora_rank, differentiate_soft_inputs=option)
+        policy = load_policy(spec)
+        forward(policy, batch_for(spec))[0].backward()
+        gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    changed = {name for name in gradients[0] if not torch.equal(gradients[0][name], gradients[1][name])}
+    assert changed == ({"language_model.model.embed_tokens.weight"} if differs else set())

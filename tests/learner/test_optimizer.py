@@ -73,7 +73,14 @@ def test_stage_zero_becomes_one_where_master_weights_or_offload_need_it() -> Non
     config = deepspeed_config(dataclasses.replace(SPEC, dtype="bfloat16", offload_optimizer=True, zero_stage=2))
     assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert config["data_types"]["grad_accum_dtype"] == "fp32"
-    assert deepspeed_config(SPEC)["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_are_clipped_once_by_the_norm_of_the_spec(stage: int) -> None:
+    spec = dataclasses.replace(SPEC, zero_stage=stage, max_grad_norm=3.0)  # type: ignore[arg-type]
+    optimizer = build_optimizer(nn.Linear(2, 2), spec)
+    limits = [deepspeed_config(spec)["gradient_clipping"], getattr(optimizer, "max_grad_norm", 0.0)]
+    assert limits == ([3.0, 0.0] if stage else [0.0, 3.0])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -100,6 +100,43 @@ def test_what_was_perturbed_is_rebuilt_to_the_bit() -> None:
     assert torch.equal((batch.perturbed >= batch.threshold[:, None]).sum(1), torch.ones(count, dtype=torch.int64))
 
 
+def test_the_noise_is_added_at_its_scale() -> None:
+    spec = dataclasses.replace(SPEC, noise_scale=0.5)
+    (sample,), _ = read_groups([make_group(0, size=1)], spec, V)
+    t = sample.trajectory
+    expected = np.where(np.isfinite(t.candidate_logprobs), t.candidate_logprobs + 0.5 * t.noise, -np.inf)
+    np.testing.assert_allclose(pack_samples([sample], spec).perturbed, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gaussian", "dirichlet"])
+def test_raw_draws_are_replayed_as_they_are(family: str) -> None:
+    spec = dataclasses.replace(SPEC, noise=family, noise_scale=0.5)
+    (sample,), _ = read_groups([make_group(0, size=1)], spec, V)
+    present = np.isfinite(sample.trajectory.candidate_logprobs)
+    perturbed = pack_samples([sample], spec).perturbed.numpy()
+    np.testing.assert_array_equal(perturbed, np.where(present, sample.trajectory.noise, -np.inf))
+
+
+@pytest.mark.parametrize(("estimator", "first"), [("grpo", 0.5 / (1 / 3) ** 0.5), ("dr_grpo", 0.5), ("rloo", 2 / 3)])
+def test_the_estimator_is_the_one_asked_for(estimator: str, first: float) -> None:
+    (samples,) = plan_step([make_group(0)], dataclasses.replace(SPEC, advantage=estimator), V).mini_batches
+    assert samples[0].advantage == pytest.approx(first, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["token_mean", "sequence_mean", "constant"])
+def test_the_aggregation_is_the_one_asked_for(kind: str) -> None:
+    spec = dataclasses.replace(SPEC, aggregation=kind, max_new_tokens=50)
+    (samples,) = plan_step([make_group(0)], spec, V).mini_batches
+    lengths = [int(sample.scored.sum()) for sample in samples]
+    assert len(set(lengths)) > 1
+    expected = {
+        "token_mean": [1 / sum(lengths)] * 4,
+        "sequence_mean": [1 / (4 * length) for length in lengths],
+        "constant": [1 / (4 * 50)] * 4,
+    }
+    assert [sample.position_weight for sample in samples] == pytest.approx(expected[kind])
+
+
 def test_bad_rows_are_named_and_the_rest_kept() -> None:
     group = make_group(0, size=5)
     rows = unpack(group.batch)  # type: ignore[arg-type]
