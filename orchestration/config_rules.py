@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from orchestration.redaction import URL_PASSWORD
@@ -10,8 +11,15 @@ if TYPE_CHECKING:
     from orchestration.config import Config
 
 
-REFERENCE_SAMPLING = {"noise_clip": (-1.5, 3.0), "log_epsilon": 1e-6, "noise_scale": 1.0}
+REFERENCE_SAMPLING: dict[str, float | tuple[float, float]] = {
+    "noise_clip": (-1.5, 3.0),
+    "log_epsilon": 1e-6,
+    "noise_scale": 1.0,
+}
 """What `learner.likelihood` takes for granted in `reference` (it is not asked: it imports torch)."""
+
+REWARDS = {"length": (-1.0, 0.0)}
+"""Ends of what a rule may say; of any other it is 0 to 1."""
 
 
 def impossible_combinations(config: Config) -> list[str]:
@@ -154,4 +162,24 @@ def untrainable(config: Config) -> list[str]:
             "sampling.temperature=0 with thinking: soft: training needs noise and scores it at this temperature; set a "
             "positive one (`softgrpo evaluate` and `softgrpo generate` take 0)"
         )
+    return problems
+
+
+def beyond_success_rates(rules: Iterable[str]) -> list[str]:
+    """One message per rule whose rewards can leave [0, 1], which `advantage: bnpo` cannot take.
+
+    What a user's own rule returns is not known here.
+    """
+    from reward.rules import parse_rule
+
+    problems = []
+    for rule in sorted(rules):
+        terms = parse_rule(rule)
+        ends = [sorted(term.weight * reward for reward in REWARDS.get(term.name, (0.0, 1.0))) for term in terms]
+        low, high = sum(low for low, _ in ends), sum(high for _, high in ends)
+        if (low < 0 or high > 1) and all(term.name != "user" for term in terms):
+            problems.append(
+                f"algorithm.advantage=bnpo with the rule {rule!r}: it models success rates in [0, 1], and these "
+                f"rewards go from {low:g} to {high:g}; change the weights in reward.rules, or set advantage: grpo"
+            )
     return problems

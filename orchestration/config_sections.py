@@ -63,7 +63,8 @@ class ModelConfig(Section):
     end_of_thinking: str | int = "</think>"
     """Token or token id that ends thinking; a string must be exactly one token."""
     add_end_of_thinking: bool = False
-    """Add `end_of_thinking` to the tokenizer and resize the embeddings (for models without such a token)."""
+    """Have training add `end_of_thinking` to the tokenizer and resize the embeddings (for models without such a token).
+    Everything else needs the model that training exported."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute and rollout type; the learner keeps fp32 master weights."""
     trust_remote_code: bool = False
@@ -125,16 +126,22 @@ class SamplingConfig(Section):
     top_p: Fraction = 0.95
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
     gumbel_temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Of the mixture's weights with `gumbel` noise; with any other they are what was drawn, normalised."""
     noise: Literal["gumbel", "gaussian", "dirichlet", "none"] = "gumbel"
     noise_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Of `gumbel` and `gaussian` noise; `dirichlet` has none."""
     noise_clip: tuple[float, float] | None = None
+    """[low, high] of every draw, as in the released code; only likelihood `reference` scores that."""
     log_epsilon: Annotated[float, Field(ge=0)] = 0.0
+    """Added inside the logarithm, as in the released code: candidates that were filtered out enter the mixture. Only
+    likelihood `reference` scores that."""
     censor_delta: Annotated[float, Field(gt=0, le=1)] | None = None
     """Set to 1e-3 exactly when the likelihood is `censored`; give it only to change that value."""
     answer: AnswerSampling = AnswerSampling()
     max_new_tokens: Annotated[int, Field(ge=1)] = 8192
     max_thinking_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Budget after which the end of thinking is forced; None lets thinking use all of `max_new_tokens`."""
+    """Budget after which the end of thinking is forced; None lets thinking use all of `max_new_tokens`. Of soft
+    thinking, like the next three: to `thinking: discrete` all tokens are alike."""
     eos_while_thinking: Literal["stop", "forbid"] = "stop"
     entropy_stop: Annotated[float, Field(gt=0)] | None = None
     """Nats: the end of thinking is forced after `entropy_stop_steps` soft tokens in a row with less entropy; None never
@@ -155,13 +162,17 @@ class RolloutConfig(Section):
     """Requests that one engine decodes together."""
     max_num_batched_tokens: Annotated[int, Field(ge=16)] = 2048
     kv_cache_memory_mb: Annotated[int, Field(ge=1)] | None = None
-    """None lets vLLM profile the device (set it on CPU)."""
+    """Given, it decides instead of `gpu_memory_utilization`. None lets vLLM profile a GPU; on a CPU it is 512 MiB."""
     gpu_memory_utilization: Fraction = 0.85
+    """The engine's share of the memory of its GPU."""
     enforce_eager: bool = False
+    """No compiled graphs; a CPU never has them."""
     request_timeout_s: Seconds = 1800.0
     """A group that takes half of it moves with its tokens to another actor that has room; where it could not and takes
-    longer, its actor is replaced and it starts again."""
+    longer, its actor is replaced and it starts again. A verifier with answers to grade and no progress for as long is
+    replaced too."""
     startup_timeout_s: Seconds = 600.0
+    """Of an actor of this pool, and of a verifier."""
 
 
 class RewardConfig(Section):
@@ -213,8 +224,10 @@ class AlgorithmConfig(Section):
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce", "bnpo"] = "grpo"
     policy_loss: Literal["ppo", "sapo", "cispo", "gspo"] = "ppo"
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The ratio counts from 1 - `clip_low` to 1 + `clip_high`; `sapo` clips nothing."""
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """Largest ratio of a negative advantage, of `ppo` and `gspo`; None is off."""
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     importance_cap: Annotated[float, Field(gt=1)] | None = None
     """Truncated importance correction between behaviour and learner; None is off."""
@@ -231,6 +244,7 @@ class LearnerConfig(Section):
     num_gpus: Gpus = 0.0
     """Ray GPUs per rank."""
     zero_stage: Literal[0, 1, 2, 3] = 0
+    """In bfloat16, and with `offload_optimizer`, 0 is 1, which has what these need and changes nothing else."""
     offload_optimizer: bool = False
     gradient_checkpointing: bool = False
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
@@ -282,9 +296,9 @@ class EvaluationConfig(Section):
     before_and_after: bool = True
     """The two evaluations that make `summary.json`."""
     samples: Annotated[int, Field(ge=1)] = 16
-    """Responses per question."""
+    """Responses per question (`softgrpo evaluate` has --samples of its own)."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Questions per dataset."""
+    """Questions per dataset, the first ones; also of `softgrpo evaluate`."""
 
 
 class TrackingConfig(Section):
@@ -296,7 +310,8 @@ class TrackingConfig(Section):
     """None: MLFLOW_TRACKING_URI, or sqlite in the run directory's parent."""
     experiment: str = "softgrpo"
     registered_model: str | None = None
-    """Name under which the exported model is registered in MLflow (by path, not by upload) when the run is done."""
+    """Name under which the exported model is registered in MLflow (by path, not by upload) when the run is done;
+    nothing is registered where `mlflow` is false."""
     trajectories_every: Annotated[int, Field(ge=0)] = 10
     """Steps between saved trajectory samples; 0 is off."""
 

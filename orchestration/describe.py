@@ -61,7 +61,7 @@ def _describe_plan(config: Config) -> dict[str, str]:
         have = "compared with the Ray cluster at start"
     return {
         "pools": f"rollout {config.rollout.num_actors}, verifier {config.reward.num_actors}, "
-        f"learner {config.learner.world_size} (ZeRO {config.learner.zero_stage})",
+        f"learner {config.learner.world_size} (ZeRO {zero_stage(config)})",
         "resources": f"{needs.cpus:g} CPUs, {needs.gpus:g} GPUs; {have}",
     }
 
@@ -83,20 +83,30 @@ def _describe_step(config: Config) -> dict[str, str]:
     }
 
 
+def zero_stage(config: Config) -> int:
+    """The stage that the learner runs, which has master weights where it needs them (it is not asked: torch)."""
+    learner = config.learner
+    return max(learner.zero_stage, config.model.dtype == "bfloat16" or learner.offload_optimizer)
+
+
 def _describe_memory(config: Config, model: ModelFacts) -> dict[str, str]:
     value_bytes = 4 if config.model.dtype == "float32" else 2
     parameters, ranks = model.num_parameters, config.learner.world_size
     engine = parameters * value_bytes / config.rollout.tensor_parallel_size
     sequence = config.max_model_len * model.kv_bytes_per_token(value_bytes)
-    stage = config.learner.zero_stage
-    optimizer = 12 * parameters / (ranks if stage >= 1 else 1)
+    stage = zero_stage(config)
+    # Two moments, and from stage 1 on master weights.
+    optimizer = 12 * parameters / ranks if stage else 8 * parameters
     gradients = 4 * parameters / (ranks if stage >= 2 else 1)
     weights = value_bytes * parameters / (ranks if stage >= 3 else 1)
     reference = value_bytes * parameters / (ranks if stage >= 3 else 1) if config.algorithm.kl.coefficient else 0
+    unseen = [name for name in ("offload_optimizer", "lora_rank") if getattr(config.learner, name)]
+    less = f" (less by {' and '.join(unseen)})" if unseen else ""
+    rank = weights + gradients + optimizer + reference
     return {
         "memory, engine": f"{_megabytes(engine)} weights, {_megabytes(sequence)} keys and values per sequence of "
         f"{config.max_model_len} tokens",
-        "memory, learner": f"{_megabytes(weights + gradients + optimizer + reference)} a rank without activations",
+        "memory, learner": f"{_megabytes(rank)} a rank without activations{less}",
         "weight sync": f"{_megabytes(parameters * value_bytes)} a version",
     }
 

@@ -39,13 +39,16 @@ class EvaluationArm:
     def record(self, config: Config) -> dict[str, Any]:
         """Everything about decoding that the rows of this arm depend on."""
         sampling = config.sampling
-        noise = {
+        stop = sampling.entropy_stop
+        of_soft_tokens = {
             "noise": sampling.noise,
             "noise_clip": sampling.noise_clip and list(sampling.noise_clip),
             "log_epsilon": sampling.log_epsilon,
             "censor_delta": config.censor_delta,
+            "entropy_stop": stop and [stop, sampling.entropy_stop_steps],
         }
-        return {"thinking": self.thinking, **asdict(self.settings), **(noise if self.thinking == "soft" else {})}
+        known = {"thinking": self.thinking, **asdict(self.settings)}
+        return known | (of_soft_tokens if self.thinking == "soft" else {})
 
 
 def make_arms(

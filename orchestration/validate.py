@@ -15,7 +15,7 @@ from pathlib import Path
 
 from orchestration import machine
 from orchestration.config import Config, ConfigError
-from orchestration.config_rules import untrainable
+from orchestration.config_rules import beyond_success_rates, untrainable
 from orchestration.config_sections import DatasetConfig, RewardConfig
 from orchestration.dataset import MissingData, PromptRow, dataset_name, place, read_rows, report_bad_rows
 from orchestration.model_facts import ModelFacts, read_model_facts
@@ -88,7 +88,11 @@ class PoolNeeds:
 
 def require_trainable(config: Config) -> None:
     """Raise `ConfigError` for settings that decode and do not train."""
-    if problems := untrainable(config):
+    _raise_any(untrainable(config))
+
+
+def _raise_any(problems: Sequence[str]) -> None:
+    if problems:
         raise ConfigError("\n".join(problems))
 
 
@@ -123,6 +127,8 @@ def validate(config: Config, *, trains: bool = True) -> Resolved:
     rules = {row.rule for prompts in (train, *evaluation) if prompts is not None for row in prompts.rows}
     if config.reward.user_rule and any(term.name == "user" for rule in rules for term in parse_rule(rule)):
         check_user_rule(config.reward.user_rule)
+    if trains and train is not None and config.algorithm.advantage == "bnpo":
+        _raise_any(beyond_success_rates({row.rule for row in train.rows}))
     if train is not None and len(train.rows) < config.algorithm.prompts_per_step:
         warnings.append(
             f"data.train has {len(train.rows)} prompts for steps of {config.algorithm.prompts_per_step}: a step visits "

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from orchestration.config import Config, ConfigError, dump_config, load_config, parse_config
-from orchestration.config_rules import REFERENCE_SAMPLING
+from orchestration.config_rules import REFERENCE_SAMPLING, beyond_success_rates
 
 MINIMAL: dict[str, Any] = {"name": "t", "model": {"path": "m"}, "data": {"train": {"path": "d"}}}
 
@@ -157,6 +157,23 @@ def test_the_released_way_to_draw_is_the_one_that_reference_scores() -> None:
 def test_what_no_likelihood_scores_may_be_drawn_in_any_way(noise: str) -> None:
     configure(sampling={**RELEASED, "noise": noise, "noise_scale": 0.5}, algorithm={"likelihood": "none"})
     configure(sampling={**RELEASED, "noise": noise, "thinking": "discrete"})
+
+
+@pytest.mark.parametrize(
+    ("rule", "ends"),
+    [
+        ("math", None),
+        ("0.9*math + 0.1*format", None),
+        ("math + user", None),
+        ("math + 0.1*format", "0 to 1.1"),
+        ("math + length(10, 20)", "-1 to 1"),
+        ("math + -0.5*format", "-0.5 to 1"),
+        ("math + -1*length(10, 20)", "0 to 2"),
+    ],
+)
+def test_rules_whose_rewards_are_no_success_rates(rule: str, ends: str | None) -> None:
+    found = beyond_success_rates(["choice", rule])
+    assert [f"{rule!r}" in problem and f"go from {ends};" in problem for problem in found] == [True] * bool(ends)
 
 
 def test_censoring_follows_the_likelihood() -> None:

@@ -226,6 +226,9 @@ def test_matched_decoding_gives_every_arm_the_same_settings() -> None:
     records = [arm.record(config()) for arm in arms]
     assert records[0]["censor_delta"] == 1e-3
     assert (records[0]["noise_scale"], records[3]["noise_scale"]) == (1.0, 0.0), "what the rows were drawn with"
+    stopping = [arm.record(config(entropy_stop=0.2, entropy_stop_steps=3)) for arm in arms]
+    assert [record.get("entropy_stop") for record in stopping] == [[0.2, 3], None, [0.2, 3], [0.2, 3]]
+    assert [record.get("entropy_stop") for record in records] == [None] * 4, "as in results that were stored without it"
     dirichlet = config(thinking="discrete", noise="dirichlet")
     with pytest.raises(ConfigError, match="only gumbel noise can be left out"):
         make_arms(["mean"], dirichlet, "matched")
@@ -259,6 +262,8 @@ def test_the_recipe_of_an_evaluation_trains_nothing() -> None:
     """Settings of a learner and of what it trains neither stand in the way nor ask anything of the model."""
     tree = config().model_dump(mode="json")
     tree |= {"rollout": {"num_gpus": 1}, "learner": {"num_gpus": 1}, "pipeline": {"transport": "nccl"}}
+    tree["sampling"] |= {"thinking": "discrete", "noise_clip": [-1.5, 3.0], "log_epsilon": 1e-6}
+    tree["algorithm"] = {"likelihood": "reference", "old_log_density": "behaviour"}
     changed = evaluation_config(parse_config(tree, "test"), None, [], ["soft"])
     assert (changed.pipeline.transport, changed.learner.num_gpus, changed.rollout.num_gpus) == ("object_store", 0, 1)
     assert evaluation_config(config(), None, [], ["discrete"]).sampling.thinking == "discrete"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from orchestration import machine
 from orchestration.config import Config, ConfigError, load_config, parse_config
-from orchestration.describe import describe
+from orchestration.describe import describe, zero_stage
 from orchestration.validate import Resolved, pool_needs, validate
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
@@ -61,6 +62,46 @@ def test_derived_facts_are_printed(tiny_model_dir: Path, questions: Path) -> Non
         "t: valid",
     ):
         assert fact in text
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("offload", [True, False])
+def test_the_stage_that_is_told_is_the_one_that_the_learner_runs(stage: int, dtype: str, offload: bool) -> None:
+    from learner.optimizer import effective_zero_stage
+    from learner.spec import LearnerSpec
+
+    learner = {"zero_stage": stage, "offload_optimizer": offload}
+    spec = LearnerSpec("m", 1, dtype=dtype, zero_stage=stage, offload_optimizer=offload)  # type: ignore[arg-type]
+    told = zero_stage(configure("m", Path("d"), model={"dtype": dtype}, learner=learner))
+    assert told == effective_zero_stage(spec)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "learner", "words"),
+    [
+        ("float32", {}, "16.0 GiB a rank without activations"),  # a parameter, its gradient and two moments
+        ("bfloat16", {}, "18.0 GiB a rank without activations"),  # two bytes, and from here on a master copy
+        ("bfloat16", {"world_size": 2}, "12.0 GiB a rank without activations"),
+        ("bfloat16", {"world_size": 2, "zero_stage": 3}, "9.0 GiB a rank without activations"),
+        (
+            "float32",
+            {"offload_optimizer": True, "lora_rank": 4},
+            "activations (less by offload_optimizer and lora_rank)",
+        ),
+    ],
+)
+def test_memory_of_a_rank(
+    dtype: str, learner: dict[str, Any], words: str, tiny_model_dir: Path, questions: Path
+) -> None:
+    """Of a model of 2^30 parameters, all of them embeddings."""
+    without_kl = {"kl": {"coefficient": 0}}
+    resolved = validate(
+        configure(tiny_model_dir, questions, model={"dtype": dtype}, learner=learner, algorithm=without_kl)
+    )
+    assert resolved.model is not None
+    size = {"vocab_size": 2**20, "hidden_size": 2**10, "num_layers": 0, "tied_embeddings": True}
+    assert words in describe(replace(resolved, model=replace(resolved.model, **size)))
 
 
 def edited_model(source: Path, target: Path, **config: Any) -> Path:
@@ -120,6 +161,14 @@ def test_greedy_decoding_is_refused_where_it_is_scored(tiny_model_dir: Path, que
         validate(greedy)
     # Discrete thinking is drawn, and scored, at the answer's temperature.
     validate(configure(tiny_model_dir, questions, sampling={"thinking": "discrete", "temperature": 0}))
+
+
+def test_rewards_that_are_no_success_rates(tiny_model_dir: Path, questions: Path) -> None:
+    reward = {"rules": {"default": "exact + 0.1*format"}}
+    config = configure(tiny_model_dir, questions, reward=reward, algorithm={"advantage": "bnpo"})
+    assert validate(config, trains=False).train
+    with pytest.raises(ConfigError, match=r"rule 'exact \+ 0\.1\*format': .* rewards go from 0 to 1\.1; change"):
+        validate(config)
 
 
 def test_a_cache_too_small_for_one_sequence(tiny_model_dir: Path, questions: Path, tmp_path: Path) -> None:
