@@ -42,9 +42,11 @@ class EngineSpec:
     """Longest prompt plus response, tokens."""
     max_num_batched_tokens: int = 2048
     kv_cache_memory_bytes: int | None = None
-    """None lets vLLM profile a GPU; a CPU then gets 512 MiB."""
+    """Given, it decides instead of `gpu_memory_utilization`. None lets vLLM profile a GPU; a CPU then gets 512 MiB."""
     gpu_memory_utilization: float = 0.85
+    """Share of the memory of a GPU."""
     enforce_eager: bool = False
+    """A CPU always is."""
     block_size: int | None = None
     """Tokens per KV block; None is vLLM's choice."""
     enable_prefix_caching: bool = True
