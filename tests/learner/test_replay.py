@@ -211,10 +211,10 @@ def test_ranks_share_a_mini_batch_exactly(world_size: int) -> None:
     assert sequences == len(samples)
 
 
-def test_samples_without_a_gradient_are_left_out_unless_the_kl_needs_them() -> None:
+def test_samples_without_a_gradient_are_left_out_unless_kl_or_entropy_need_them() -> None:
     flat = dataclasses.replace(make_group(0), rewards=(1.0,) * 4)
-    for coefficient, expected in ((0.0, 4), (0.1, 8)):
-        spec = dataclasses.replace(SPEC, kl_coefficient=coefficient)
+    for change, expected in (({}, 4), ({"kl_coefficient": 0.1}, 8), ({"entropy_bonus": 0.1}, 8)):
+        spec = dataclasses.replace(SPEC, **change)  # type: ignore[arg-type]
         samples = plan_step([flat, make_group(1)], spec, V).mini_batches[0]
         batches = rank_batches(samples, spec, 0)
         assert sum(len(batch.cu_seqlens) - 1 for batch in batches) == expected
