@@ -12,11 +12,14 @@ import pytest
 import yaml
 
 from orchestration.chain_task import ChainTask, write_questions
-from orchestration.config import ConfigError
-from orchestration.evaluate_command import main
+from orchestration.config import ConfigError, parse_config
+from orchestration.evaluate import EvaluationSettings, evaluation_requests
+from orchestration.evaluate_command import _calls, main
+from orchestration.evaluation_arms import make_arms
 from orchestration.evaluation_store import ResultDirectory
 from orchestration.tiny_model import TinyModelShape, build_tiny_model
 from tests.end_to_end.recipes import ROOT
+from tests.orchestration.test_evaluate import prompt_set
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,22 @@ def test_nothing_to_evaluate_is_said_before_anything_starts(recipe: Path) -> Non
     with pytest.raises(SystemExit) as stopped:
         main([])
     assert stopped.value.code == 2
+
+
+def test_arms_answer_the_same_questions_with_the_same_seeds() -> None:
+    """The first ones of every benchmark; the number of samples is the command's, not the recipe's."""
+    tree = {"name": "t", "model": {"path": "m"}, "data": {"train": {"path": "d"}}, "seed": 7}
+    config = parse_config({**tree, "evaluation": {"limit": 2, "samples": 9}}, "test")
+    asked = {}
+    for arm in make_arms(["soft", "discrete"], config, "matched"):
+        requests = [each for _, part in _calls(prompt_set("a", "b", "c"), arm, config, 3) for each in part]
+        assert {request.thinking for request in requests} == {arm.name}
+        assert [request.prompt_id for request in requests] == ["a"] * 3 + ["b"] * 3
+        asked[arm.name] = [request.seed for request in requests]
+    assert asked["soft"] == asked["discrete"]
+    row, prompts = prompt_set("a").rows[0], prompt_set("a")
+    (of_seed_7,) = evaluation_requests(row, prompts, EvaluationSettings(samples=3, seed=7))
+    assert asked["soft"][:3] == [request.seed for request in of_seed_7]
 
 
 @pytest.mark.parametrize("text", ["0.6,}", "0.6,", "", "warm", "0", "-1", "nan", "0.6,.inf", "inf"])
