@@ -55,7 +55,7 @@ class LearnerGroup:
         self._ranks: list[Any] = []
         self._chain: WeightChain[Any] = WeightChain()
         self._collapse = CollapseWatch()
-        self._mismatch = MismatchWatch(spec.dtype)
+        self._mismatch = MismatchWatch(spec.dtype, spec.likelihood)
         self._published: int | None = None
         """Version of the weights that the ranks have now, 0 of the model itself; None where they were not published."""
         self.generation = 0

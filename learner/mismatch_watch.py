@@ -13,13 +13,17 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.015}
 """Largest `mismatch/kl_<part>` by type of the weights. It is half the variance of the gap: .0002 (censored likelihood,
 discrete tokens) to .004 (gumbel) for bf16 logits, .005 where the two kernels round differently; below 1e-6 in fp32."""
 PARTS = ("thinking", "answer")
+UNJUDGED_THINKING = ("reference", "gaussian")
+"""Likelihoods whose gap at soft positions is no rounding: `reference` counts the probability of filtered candidates,
+which the engine's record leaves out; the density of Gaussian draws magnifies the rounding of bf16 logits."""
 
 
 class MismatchWatch:
     """Feed it the metrics of every training step; it answers with a warning when a stretch of alarms begins."""
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, likelihood: str) -> None:
         self.dtype = dtype
+        self._parts = tuple(part for part in PARTS if part == "answer" or likelihood not in UNJUDGED_THINKING)
         self.alarm: bool | None = None
         """Of the step seen last; None where it could not be judged."""
         self._warned = False
@@ -29,7 +33,7 @@ class MismatchWatch:
 
         A stretch ends with the first step that is judged and within the tolerance.
         """
-        gaps = {name: metrics[name] for name in (f"mismatch/kl_{part}" for part in PARTS) if name in metrics}
+        gaps = {name: metrics[name] for name in (f"mismatch/kl_{part}" for part in self._parts) if name in metrics}
         if version is None or not gaps or metrics["learner/oldest_version"] < version:
             self.alarm = None
             return None

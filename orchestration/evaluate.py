@@ -240,7 +240,8 @@ async def run_calls(
     Its trajectories are in the object store for as long as somebody holds their reference. An error of a pool or of
     `on_call` rises at once, after the other calls were cancelled.
     """
-    alone = 0 if beside_training else pools.seats // MAX_GROUP
+    largest = max((len(requests) for _, requests in calls), default=1)
+    alone = 0 if beside_training else -(-pools.seats // largest)
     room = asyncio.Semaphore(max(CALLS_BESIDE_TRAINING, alone))
 
     async def call(row: PromptRow, requests: tuple[RolloutRequest, ...]) -> None:

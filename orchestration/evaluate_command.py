@@ -192,8 +192,8 @@ def _temperatures(text: str) -> list[float]:
         values = [float(value) for value in text.split(",")]
     except ValueError:
         values = []
-    if not values or not all(0 < value < math.inf for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r}: positive numbers with commas, as in 0.6,0.8,1.0")
+    if not values or not all(0 <= value < math.inf for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers with commas, as in 0.6,0.8,1.0; 0 is greedy")
     return values
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 MERGE = "tag:yaml.org,2002:merge"
@@ -38,9 +39,29 @@ def load_all(text: str) -> list[Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._open: list[Any] = []
+        """Anchors of the collections that are being read."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse a collection that is part of itself: whoever walks it would not end."""
+        if self.check_event(yaml.AliasEvent) and self.peek_event().anchor in self._open:
+            event = self.get_event()
+            raise ComposerError(None, None, f"*{event.anchor} stands inside of what it names", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def compose_sequence_node(self, anchor: Any) -> yaml.SequenceNode:
+        self._open.append(anchor)
+        node: yaml.SequenceNode = super().compose_sequence_node(anchor)
+        self._open.pop()
+        return node
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Look at the keys here, before merging adds those of other mappings."""
+        self._open.append(anchor)
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        self._open.pop()
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == MERGE:

@@ -105,7 +105,6 @@ def plan_submission(
     config: Config, *, resume: bool, entrypoint: str | None, env_vars: Mapping[str, str], working_dir: Path
 ) -> Submission:
     """Check what a submitted job needs beyond a valid recipe. Raises `ConfigError`."""
-    require_trainable(config)
     if not config.output_dir or not Path(config.output_dir).is_absolute():
         raise ConfigError(
             f"output_dir={config.output_dir}: a job's working directory vanishes with its node; set an absolute path "
@@ -114,6 +113,7 @@ def plan_submission(
     if not working_dir.is_dir():
         raise ConfigError(f"--working-dir {working_dir}: no such directory")
     if entrypoint is None:
+        require_trainable(config)
         if not (working_dir / "orchestration" / "__main__.py").is_file():
             raise ConfigError(f"--working-dir {working_dir}: is not a clone of softgrpo (orchestration/ is missing)")
         command = ["python", "-m", "orchestration", "train", "--config", SUBMITTED_CONFIG]

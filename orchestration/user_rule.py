@@ -7,13 +7,12 @@ this process are not in its environment, as they are not in that of a verifier's
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 
 from orchestration.config import ConfigError
-from reward.confinement import scrubbed_environment
+from reward.confinement import import_path, scrubbed_environment
 
 LOAD_DEADLINE_S = 120.0
 MAX_REASON_CHARS = 300
@@ -31,10 +30,9 @@ def check_user_rule(name: str) -> None:
     """Load `module:function` once; raises `ConfigError` where that fails."""
     if not _FORM.fullmatch(name):
         raise ConfigError(f"reward.user_rule={name}: write it as module:function")
-    path = [entry or os.getcwd() for entry in sys.path]
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _LOAD, json.dumps(path), name],
+            [sys.executable, "-c", _LOAD, json.dumps(import_path()), name],
             env=scrubbed_environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,

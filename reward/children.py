@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from reward.confinement import scrubbed_environment
+from reward.confinement import import_path, scrubbed_environment
 from reward.fork_server import MAX_CONTROL_BYTES, ServerOptions
 from reward.wire import FrameReader, Message, encode
 
@@ -49,9 +49,8 @@ class ForkServer:
     def __init__(self, options: ServerOptions) -> None:
         self._control, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         bootstrap = _BOOTSTRAP.format(fd=remote.fileno())
-        path = [entry or os.getcwd() for entry in sys.path]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", bootstrap, json.dumps(path), json.dumps(asdict(options))],
+            [sys.executable, "-c", bootstrap, json.dumps(import_path()), json.dumps(asdict(options))],
             env=scrubbed_environment(),
             pass_fds=[remote.fileno()],
             stdin=subprocess.DEVNULL,

@@ -14,6 +14,7 @@ import ctypes
 import os
 import resource
 import signal
+import sys
 from dataclasses import dataclass
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
@@ -44,6 +45,12 @@ class Limits:
     def memory_bytes(self) -> int:
         """Room in bytes."""
         return self.memory_mb * 2**20
+
+
+def import_path() -> list[str]:
+    """Where a process of ours finds modules: as this one does, and in its working directory, as Ray's actors do."""
+    path = [entry or os.getcwd() for entry in sys.path]
+    return path if os.getcwd() in path else [*path, os.getcwd()]
 
 
 def scrubbed_environment() -> dict[str, str]:

@@ -162,8 +162,13 @@ def test_an_error_of_a_pool_rises_as_itself_and_stops_the_rest() -> None:
         run(Broken(), "good", "bad", samples=1)
 
 
-@pytest.mark.parametrize(("seats", "beside_training", "calls"), [(4, False, 64), (1600, False, 100), (1600, True, 64)])
-def test_an_evaluation_alone_fills_the_rollout_actors(seats: int, beside_training: bool, calls: int) -> None:
+@pytest.mark.parametrize(
+    ("seats", "samples", "beside_training", "calls"),
+    [(4, 16, False, 64), (1600, 16, False, 100), (100, 1, False, 100), (401, 4, False, 101), (1600, 16, True, 64)],
+)
+def test_an_evaluation_alone_fills_the_rollout_actors(
+    seats: int, samples: int, beside_training: bool, calls: int
+) -> None:
     class Crowded(MemoryPools):
         now = most = 0
 
@@ -177,7 +182,7 @@ def test_an_evaluation_alone_fills_the_rollout_actors(seats: int, beside_trainin
     pools = Crowded()
     pools.seats = seats
     questions = prompt_set(*(f"q{i}" for i in range(120)))
-    asyncio.run(evaluate(pools, questions, EvaluationSettings(samples=16), beside_training=beside_training))
+    asyncio.run(evaluate(pools, questions, EvaluationSettings(samples=samples), beside_training=beside_training))
     assert pools.most == calls
 
 

@@ -25,6 +25,8 @@ from orchestration import strict_yaml
         ("9" * 5000, ["999"]),
         (r'"\ud800"', ["surrogate"]),
         ("[" * 5000, ["nested too deeply"]),
+        ("a: &a {b: [*a]}", ["*a stands inside of what it names"]),
+        ("a: &a [1, &b {c: *b}]", ["*b stands inside of what it names"]),
         ("{a: [}", ["line 1"]),
         ("a: 1\n---\nb: 2", ["single document"]),
         ("? [1, 2]\n: x", ["unhashable"]),

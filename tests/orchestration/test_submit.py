@@ -72,6 +72,10 @@ def test_another_directory_is_refused(tmp_path: Path) -> None:
 def test_what_cannot_train_is_refused_here(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sampling\.answer\.temperature=0"):
         plan(recipe(output_dir="/shared/run", sampling={"answer": {"temperature": 0}}), clone(tmp_path))
+    other = recipe(output_dir="/shared/run", sampling={"answer": {"temperature": 0}})
+    assert plan(other, clone(tmp_path), entrypoint="python -m orchestration evaluate"), (
+        "a command of one's own need not"
+    )
 
 
 def test_stop_wait_covers_the_last_checkpoint(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ import pytest
 from orchestration import machine
 from orchestration.config import Config, ConfigError, load_config, parse_config
 from orchestration.describe import describe, zero_stage
+from orchestration.user_rule import check_user_rule
 from orchestration.validate import Resolved, pool_needs, validate
+from reward.extraction import Answer
+from reward.verifier import Verifier, VerifierSpec
 
-CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONFIGS = ROOT / "configs"
 RECIPES = ("qwen-1.5b", "qwen-1.5b-one-gpu", "qwen-7b", "llama-3b", "dirichlet", "gaussian", "grpo-discrete")
 
 USER = {"rules": {"default": "math + user"}}
@@ -142,6 +147,17 @@ def test_impossible_runs(
     config = configure(tiny_model_dir, questions, **sections)
     with pytest.raises(ConfigError, match=f"(?s){words}"):
         validate(config)
+
+
+def test_a_user_rule_may_lie_in_the_directory_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Ray's actors find it, although a console script does not look there."""
+    (tmp_path / "rule_of_this_run.py").write_text("def score(answer, gold):\n    return 0.25\n")
+    monkeypatch.setattr(sys, "path", [entry or str(ROOT) for entry in sys.path])
+    monkeypatch.chdir(tmp_path)
+    check_user_rule("rule_of_this_run:score")
+    with closing(Verifier(VerifierSpec(1, 60.0, 512, user_rule="rule_of_this_run:score"))) as verifier:
+        (grade,) = verifier.score([Answer("x", "x")], ["1"], ["user"])
+    assert grade.reward == 0.25, grade
 
 
 def test_a_user_rule_is_loaded_elsewhere_and_only_where_a_rule_asks_for_it(
