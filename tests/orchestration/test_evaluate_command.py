@@ -120,9 +120,9 @@ def test_arms_answer_the_same_questions_with_the_same_seeds() -> None:
     assert asked["soft"][:3] == [request.seed for request in of_seed_7]
 
 
-@pytest.mark.parametrize("text", ["0.6,}", "0.6,", "", "warm", "0", "-1", "nan", "0.6,.inf", "inf"])
+@pytest.mark.parametrize("text", ["0.6,}", "0.6,", "", "warm", "-1", "nan", "0.6,.inf", "inf"])
 def test_temperatures_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--config", "recipe.yaml", f"--temperatures={text}"])
     assert stopped.value.code == 2
-    assert "positive numbers with commas" in capsys.readouterr().err
+    assert "numbers with commas" in capsys.readouterr().err
