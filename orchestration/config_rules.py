@@ -28,9 +28,13 @@ def impossible_combinations(config: Config) -> list[str]:
     problems = []
     if sampling.noise_clip is not None and sampling.noise_clip[0] >= sampling.noise_clip[1]:
         problems.append(f"sampling.noise_clip={list(sampling.noise_clip)}: give [low, high] with low < high")
-    if sampling.thinking == "soft":
-        problems += _without_density(config)
-        problems += _other_than_released(config) if algorithm.likelihood == "reference" else ()
+    if sampling.thinking == "soft" and sampling.censor_delta is not None and algorithm.likelihood != "censored":
+        problems.append(
+            f"sampling.censor_delta={sampling.censor_delta} with algorithm.likelihood={algorithm.likelihood}: "
+            "censoring is executed only for the censored likelihood; remove censor_delta or set likelihood: censored"
+        )
+    if sampling.thinking == "soft" and algorithm.likelihood not in ("argmax", "none"):
+        problems += _noise_of_another(config)
     if algorithm.importance_cap is not None and algorithm.old_log_density == "behaviour":
         problems.append(
             f"algorithm.importance_cap={algorithm.importance_cap} with old_log_density=behaviour: the ratio already "
@@ -79,17 +83,10 @@ def impossible_combinations(config: Config) -> list[str]:
     return problems
 
 
-def _without_density(config: Config) -> list[str]:
-    """Soft tokens drawn in a way that the likelihood is not the density of; without one (`none`) all will do."""
+def _noise_of_another(config: Config) -> list[str]:
+    """Soft tokens whose noise is not that of the likelihood."""
     sampling, likelihood = config.sampling, config.algorithm.likelihood
     problems = []
-    if sampling.censor_delta is not None and likelihood != "censored":
-        problems.append(
-            f"sampling.censor_delta={sampling.censor_delta} with algorithm.likelihood={likelihood}: censoring is "
-            "executed only for the censored likelihood; remove censor_delta or set likelihood: censored"
-        )
-    if likelihood == "none":
-        return problems
     wanted = likelihood if likelihood in ("gaussian", "dirichlet") else "gumbel"
     if sampling.noise == "none":
         problems.append(
@@ -107,13 +104,20 @@ def _without_density(config: Config) -> list[str]:
             f"sampling.noise_clip={list(sampling.noise_clip)} with algorithm.likelihood={likelihood}: clipped noise "
             "has no such density; remove noise_clip (only likelihood: reference uses it)"
         )
-    if sampling.log_epsilon and likelihood != "reference":
+    return problems
+
+
+def _without_density(config: Config) -> list[str]:
+    """Soft tokens drawn in a way that the likelihood is not the density of; without one (`none`) all will do."""
+    sampling, likelihood = config.sampling, config.algorithm.likelihood
+    problems = _noise_of_another(config) if likelihood == "argmax" else []
+    if sampling.log_epsilon and likelihood not in ("none", "reference"):
         problems.append(
             f"sampling.log_epsilon={sampling.log_epsilon:g} with algorithm.likelihood={likelihood}: candidates that "
             "were filtered out would enter the mixture, and the likelihood leaves them out; remove log_epsilon (only "
             "likelihood: reference uses it)"
         )
-    return problems
+    return problems + (_other_than_released(config) if likelihood == "reference" else [])
 
 
 def _other_than_released(config: Config) -> list[str]:
@@ -149,9 +153,9 @@ def _shown(value: float | tuple[float, float] | None) -> str:
 
 
 def untrainable(config: Config) -> list[str]:
-    """One message per setting that decodes and does not train: greedy tokens have no density to score."""
+    """One message per setting that decodes and does not train: what was drawn has no density, or another one."""
     sampling = config.sampling
-    problems = []
+    problems = _without_density(config) if sampling.thinking == "soft" else []
     if sampling.answer.temperature == 0:
         problems.append(
             "sampling.answer.temperature=0: training scores tokens at the temperature that they were drawn at; set a "

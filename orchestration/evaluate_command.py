@@ -80,7 +80,6 @@ def evaluation_config(
     tree["pipeline"]["transport"] = "object_store"  # others need a learner, and no weights are sent
     tree["learner"] |= {"world_size": 1, "num_cpus": 0.01, "num_gpus": 0}
     tree["algorithm"] |= {"prompts_per_step": 1, "mini_batches": 1}
-    tree["algorithm"] |= {"old_log_density": "recompute", "importance_cap": None}
     return parse_config(tree, "evaluation")
 
 

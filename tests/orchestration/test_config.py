@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from orchestration.config import Config, ConfigError, dump_config, load_config, parse_config
-from orchestration.config_rules import REFERENCE_SAMPLING, beyond_success_rates
+from orchestration.config_rules import REFERENCE_SAMPLING, beyond_success_rates, untrainable
 
 MINIMAL: dict[str, Any] = {"name": "t", "model": {"path": "m"}, "data": {"train": {"path": "d"}}}
 
@@ -68,6 +68,35 @@ def recipe(tmp_path: Path) -> Path:
             {"sampling": {"noise_clip": [3, -1.5]}, "algorithm": {"likelihood": "reference"}},
             ["noise_clip=[3.0, -1.5]", "low < high"],
         ),
+        (
+            {"sampling": {"censor_delta": 0.01}, "algorithm": {"likelihood": "concrete"}},
+            ["censor_delta=0.01", "remove censor_delta"],
+        ),
+        (
+            {"algorithm": {"importance_cap": 2.0, "old_log_density": "behaviour"}},
+            ["importance_cap=2.0", "old_log_density: recompute"],
+        ),
+        ({"rollout": {"num_gpus": 0.5, "tensor_parallel_size": 2}}, ["num_gpus=0.5", "set num_gpus to 2"]),
+        ({"learner": {"num_gpus": 0.5, "world_size": 2}}, ["num_gpus=0.5", "world_size=2", "get the same one"]),
+        ({"pipeline": {"transport": "nccl"}}, ["learner.num_gpus=0", "set both to at least 1"]),
+        (
+            {"pipeline": {"transport": "nccl"}, "learner": {"num_gpus": 1}, "rollout": {"num_gpus": 0.5}},
+            ["rollout.num_gpus=0.5", "no GPU that two actors share", "transport: object_store"],
+        ),
+    ],
+)
+def test_a_mistake_names_key_value_and_fix(sections: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        configure(**sections)
+    message = str(error.value)
+    assert message.startswith("recipe.yaml: ")
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
         *(
             ({"sampling": {"noise": noise}, "algorithm": {"likelihood": "argmax"}}, [f"noise={noise}", "noise: gumbel"])
             for noise in ("gaussian", "dirichlet", "none")
@@ -105,30 +134,13 @@ def recipe(tmp_path: Path) -> Path:
                 ({"importance_cap": 2.0}, "importance_cap=2.0"),
             )
         ),
-        (
-            {"sampling": {"censor_delta": 0.01}, "algorithm": {"likelihood": "concrete"}},
-            ["censor_delta=0.01", "remove censor_delta"],
-        ),
-        (
-            {"algorithm": {"importance_cap": 2.0, "old_log_density": "behaviour"}},
-            ["importance_cap=2.0", "old_log_density: recompute"],
-        ),
-        ({"rollout": {"num_gpus": 0.5, "tensor_parallel_size": 2}}, ["num_gpus=0.5", "set num_gpus to 2"]),
-        ({"learner": {"num_gpus": 0.5, "world_size": 2}}, ["num_gpus=0.5", "world_size=2", "get the same one"]),
-        ({"pipeline": {"transport": "nccl"}}, ["learner.num_gpus=0", "set both to at least 1"]),
-        (
-            {"pipeline": {"transport": "nccl"}, "learner": {"num_gpus": 1}, "rollout": {"num_gpus": 0.5}},
-            ["rollout.num_gpus=0.5", "no GPU that two actors share", "transport: object_store"],
-        ),
     ],
 )
-def test_a_mistake_names_key_value_and_fix(sections: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(ConfigError) as error:
-        configure(**sections)
-    message = str(error.value)
-    assert message.startswith("recipe.yaml: ")
+def test_what_has_no_density_is_decoded_and_not_trained(sections: dict[str, Any], words: list[str]) -> None:
+    (message, *_) = untrainable(configure(**sections))
     for word in words:
         assert word in message
+    assert not untrainable(configure(**sections | {"sampling": {**sections["sampling"], "thinking": "discrete"}}))
 
 
 def test_several_mistakes_are_told_together() -> None:
@@ -150,13 +162,14 @@ def test_the_released_way_to_draw_is_the_one_that_reference_scores() -> None:
         REFERENCE_SAMPLING["log_epsilon"],
     ) == (REFERENCE_CLIP, REFERENCE_LOG_EPSILON)
     config = configure(sampling=RELEASED, algorithm={"likelihood": "reference"})
-    assert config.sampling.noise_clip == REFERENCE_CLIP
+    assert config.sampling.noise_clip == REFERENCE_CLIP and not untrainable(config)
 
 
 @pytest.mark.parametrize("noise", ["gumbel", "gaussian", "none"])
 def test_what_no_likelihood_scores_may_be_drawn_in_any_way(noise: str) -> None:
-    configure(sampling={**RELEASED, "noise": noise, "noise_scale": 0.5}, algorithm={"likelihood": "none"})
-    configure(sampling={**RELEASED, "noise": noise, "thinking": "discrete"})
+    soft = configure(sampling={**RELEASED, "noise": noise, "noise_scale": 0.5}, algorithm={"likelihood": "none"})
+    discrete = configure(sampling={**RELEASED, "noise": noise, "thinking": "discrete"})
+    assert untrainable(soft) == untrainable(discrete) == []
 
 
 @pytest.mark.parametrize(
