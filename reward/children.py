@@ -30,7 +30,7 @@ STARVED_CPU_S = 0.05
 """An honest comparison takes 3-20 ms: a child that got less than this, or than a tenth of its deadline, hangs in the
 scheduler's queue and not in its answer."""
 STARVED_SHARE = 0.5
-"""Of its deadline: a program that waited for a CPU for longer was not shown to be slow."""
+"""Of its deadline: a program of which one run waited for a CPU for longer was not shown to be slow."""
 _SLOW_NICENESS = 10
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _BOOTSTRAP = (

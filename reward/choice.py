@@ -21,7 +21,7 @@ _PHRASE = re.compile(
     re.VERBOSE,
 )
 _OR = re.compile(r"\W{0,4}(?:\Wor\W|/)\W{0,4}[A-Z](?![A-Za-z])")
-_END = re.compile(r"[ \t]*(?:[.,;:!)\]\n]|$)")
+_END = re.compile(r"[ \t]*(?:[.,;:!()\]\n]|$|(?:is|since|because|as|works|follows|holds)\b)")
 _PRONOUN = re.compile(r"\s(?!because|since|as|is)[a-z]")
 
 

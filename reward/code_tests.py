@@ -197,7 +197,7 @@ def extract_program(text: str) -> str | None:
 def run_tests(program: str, tests: ProgramTests, runner: Runner) -> tuple[Verdict, str]:
     """Try a program; the first failure decides. The caller owns the deadline."""
     try:
-        compile(program, "<answer>", "exec")
+        compile(program, "<answer>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         if not tests.prompt:
             return Verdict.UNPARSEABLE, one_line(error)

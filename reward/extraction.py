@@ -23,7 +23,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _PHRASE = re.compile(r"####|answer(?:\*\*)?\s?(?:is|:|=)(?:\*\*)?:?", re.IGNORECASE)
 _DISPLAY = re.compile(r"\$\$([^$]+)\$\$|\\\[(.+?)\\\]", re.DOTALL)
 _REMARK = re.compile(
-    r"(?:(?:very|quite|indeed|now|also|really) )?(?:helpful|useful|clear|unclear|correct|right|wrong|incorrect|"
+    r"(?:(?:very|quite|indeed|now|also|really) )?(?:helpful|useful|clear|correct|right|"
     r"reasonable|consistent|valid|plausible|understandable|satisfactory|good|fine|complete|what|as|in|based)\b[^\d$\\]*$",
     re.IGNORECASE,
 )

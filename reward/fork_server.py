@@ -10,6 +10,7 @@ its children.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -48,8 +49,10 @@ def main(control_fd: int, options: ServerOptions) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GARBAGE_THRESHOLD)
+    confinement.adopt_orphans()
     control = socket.socket(fileno=control_fd)
-    control.sendall(json.dumps({"namespaces": options.use_namespaces and _has_namespaces()}).encode())
+    options = dataclasses.replace(options, use_namespaces=options.use_namespaces and _has_namespaces())
+    control.sendall(json.dumps({"namespaces": options.use_namespaces}).encode())
     children: set[int] = set()
     zombies: set[int] = set()
     while True:
@@ -71,6 +74,7 @@ def main(control_fd: int, options: ServerOptions) -> None:
             zombies.add(request["pid"])
         elif request["op"] == "wait":
             children.discard(request["pid"])
+            zombies.add(request["pid"])
             control.sendall(json.dumps({"status": _final_status(request["pid"])}).encode())
     for pid in children:
         _kill_group(pid)
@@ -116,10 +120,13 @@ def _kill_group(pid: int) -> None:
 
 
 def _reaped(pid: int) -> bool:
+    """Whether nothing of a killed group is left: what the child started becomes ours when the child goes."""
     try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
+        while os.waitpid(-pid, os.WNOHANG)[0]:
+            pass
     except ChildProcessError:
         return True
+    return False
 
 
 def _final_status(pid: int) -> int:

@@ -10,7 +10,7 @@ import re
 
 _GAP = r"(?:\s|\\[ ,;:]|~)"
 _FROM_UNICODE = str.maketrans({"\N{MINUS SIGN}": "-", "\N{INFINITY}": r"\infty "})
-_APPROXIMATELY = re.compile(r"^(?:\\approx(?![A-Za-z])|≈)\s*")
+_LEAD = re.compile(r"^(?:(?:\\(?:approx|therefore|implies|Rightarrow|bf|rm|large|Large)(?![A-Za-z])|≈|=>?)\s*)+")
 _TYPESET_THOUSANDS = re.compile(
     r"(?<![\d._^])[0-9]+(?:\.[0-9]+)?(?:(?:\\[ ,]|,\\!\s?|~|\{,\}|[\u00a0\u2009\u202f])[0-9]{3})+(?![0-9])"
 )
@@ -23,8 +23,8 @@ _KEEPS_APART = re.compile(r"(?<=[0-9,])\s+(?=[0-9,])")
 
 
 def plain(text: str) -> str:
-    """ASCII minus signs, no trailing full stop, no leading "approximately", no thousands separators but commas."""
-    text = _APPROXIMATELY.sub("", text.translate(_FROM_UNICODE).strip())
+    """ASCII minus signs, no trailing full stop, no leading relation or font, commas alone between thousands."""
+    text = _LEAD.sub("", text.translate(_FROM_UNICODE).strip())
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1].rstrip()
     return _SPACED_THOUSANDS.sub(_digits, _TYPESET_THOUSANDS.sub(_digits, text))

@@ -11,11 +11,11 @@ a system-call filter: no network, no further processes, no writes, no signals.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import multiprocessing
 import os
 import resource
-import select
 import signal
 import sys
 import threading
@@ -125,7 +125,6 @@ def _read_until_closed(reader: int, pid: int, max_bytes: int) -> bytes | None:
     output = bytearray()
     with open(reader, "rb", buffering=0) as pipe:
         while True:
-            select.select([pipe], [], [])
             data = pipe.read(1 << 16)
             if not data:
                 return bytes(output)
@@ -159,7 +158,8 @@ def _become_program(run: Run, runner_pid: int, standard_input: int, writer: int,
     except BaseException as error:  # whatever a program raises, SystemExit included, is its result
         note = one_line(error)
     finally:
-        os.write(note_writer, note.encode(errors="replace")[:_MAX_NOTE_BYTES])
+        with contextlib.suppress(OSError):  # a program may close what it does not know
+            os.write(note_writer, note.encode(errors="replace")[:_MAX_NOTE_BYTES])
         os._exit(code)
 
 
@@ -182,6 +182,7 @@ def _work(run: Run, writer: int) -> None:
 
 def _run_script(source: str) -> None:
     """As `python file` would: threads are joined and exit handlers run before the output counts."""
+    sys.argv = ["answer.py"]
     atexit._clear()  # those of the processes that we were forked from
     try:
         _execute(source, "__main__")
@@ -191,8 +192,9 @@ def _run_script(source: str) -> None:
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.__stdout__):
-        if stream is not None and not getattr(stream, "closed", False):
-            stream.flush()
+        if stream is not None:
+            with contextlib.suppress(ValueError):  # closed or detached
+                stream.flush()
 
 
 def _call(module: Any, run: Run) -> str:
@@ -204,7 +206,7 @@ def _call(module: Any, run: Run) -> str:
 def _execute(source: str, name: str) -> Any:
     module = types.ModuleType(name)
     sys.modules[name] = module
-    exec(compile(source, "<answer>", "exec"), module.__dict__)
+    exec(compile(source, "<answer>", "exec", dont_inherit=True), module.__dict__)
     return module
 
 

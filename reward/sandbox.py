@@ -281,7 +281,7 @@ class _Dispatcher(threading.Thread):
             self._second_tries.add(future)
             self._counts["jobs_starved"] += 1
             logger.warning(
-                "a grader child got %.3f s of CPU, and with its program waited %.1f s for one, in %g s: "
+                "a grader child got %.3f s of CPU, and with what it started waited %.1f s for one, in %g s: "
                 "this machine is overloaded",
                 cpu_s,
                 child.waited_s(),

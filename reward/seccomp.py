@@ -43,6 +43,7 @@ class _Calls:
     prlimit: int
     fcntl: int
     ioctl: int
+    sendto: int
 
 
 _COMMON_FORBIDDEN = (424, 434, 438)  # pidfd_send_signal, pidfd_open, pidfd_getfd
@@ -54,11 +55,12 @@ _ARCHITECTURES = {
         # socket connect fork vfork execve kill ptrace setpgid setsid setpriority sched_setscheduler prctl chroot mount
         # umount2 reboot tkill sched_setaffinity mq_open add_key request_key keyctl unshare rt_sigqueueinfo
         # rt_tgsigqueueinfo perf_event_open setns process_vm_readv process_vm_writev bpf execveat userfaultfd
-        # shmget semget msgget sched_setparam sched_setattr ioprio_set migrate_pages move_pages
+        # shmget semget msgget sched_setparam sched_setattr ioprio_set migrate_pages move_pages bind sendmsg sendmmsg
         forbidden=(
             *(41, 42, 57, 58, 59, 62, 101, 109, 112, 141, 144, 157, 161, 165, 166, 169, 200, 203, 240, 248, 249, 250),
             *(272, 129, 297, 298, 308, 310, 311, 321, 322, 323, 29, 64, 68),
             *(142, 314, 251, 256, 279),
+            *(49, 46, 307),
         ),
         # truncate ftruncate rename mkdir rmdir creat link unlink symlink chmod fchmod chown fchown lchown utime mknod
         # setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr utimes mkdirat mknodat fchownat futimesat
@@ -73,6 +75,7 @@ _ARCHITECTURES = {
         prlimit=302,
         fcntl=72,
         ioctl=16,
+        sendto=44,
     ),
     "aarch64": _Calls(
         audit=0xC00000B7,
@@ -81,6 +84,7 @@ _ARCHITECTURES = {
             *(198, 203, 221, 129, 117, 154, 157, 140, 119, 167, 51, 40, 39, 142, 130, 122, 180, 217, 218, 219, 97),
             *(138, 240, 241, 268, 270, 271, 280, 281, 282, 194, 190, 186),
             *(118, 274, 30, 238, 239),
+            *(200, 211, 269),
         ),
         writing=(45, 46, 38, 34, 33, 35, 36, 37, 52, 53, 54, 55, 5, 6, 7, 14, 15, 16, 88, 276),
         opens=((56, 2),),
@@ -89,6 +93,7 @@ _ARCHITECTURES = {
         prlimit=261,
         fcntl=25,
         ioctl=29,
+        sendto=206,
     ),
 }
 
@@ -135,6 +140,7 @@ def _program(calls: _Calls, own_pid: int) -> list[bytes]:
     lines += _deny_by_argument(calls.clone, 0, [_line(_JUMP_BITS, _CLONE_THREAD, 1, 0)], errno.EPERM)
     lines += _deny_by_argument(calls.tgkill, 0, [_line(_JUMP_EQUAL, own_pid, 1, 0)], errno.EPERM)
     lines += _deny_by_argument(calls.prlimit, 0, [_line(_JUMP_EQUAL, 0, 1, 0)], errno.EPERM)
+    lines += _deny_by_argument(calls.sendto, 5, [_line(_JUMP_EQUAL, 0, 1, 0)], errno.EPERM)
     for call, requests in ((calls.fcntl, _OWNER_OF_A_FILE), (calls.ioctl, _OWNER_OF_A_SOCKET)):
         lines += _deny_by_argument(call, 1, [_line(_JUMP_EQUAL, request, 0, 1) for request in requests], errno.EPERM)
     return [*lines, _line(_RETURN, _ALLOW)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 from contextlib import closing
 from pathlib import Path
@@ -58,6 +59,18 @@ def run(verifier: Verifier, programs: list[str], gold: dict[str, Any] | str) -> 
         (STANDARD_INPUT, "a, b = map(int, input().split())\nprint(a + b)", Verdict.CORRECT),
         (STANDARD_INPUT, "import sys\nprint(sum(map(int, sys.stdin.read().split())))\nsys.exit(0)", Verdict.CORRECT),
         (STANDARD_INPUT, "print(3)", Verdict.INCORRECT),
+        (
+            STANDARD_INPUT,
+            "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.detach())\nprint(sum(map(int, input().split())))",
+            Verdict.CORRECT,
+        ),
+        (
+            STANDARD_INPUT,
+            "import argparse\nargparse.ArgumentParser().parse_args()\nprint(sum(map(int, input().split())))",
+            Verdict.CORRECT,
+        ),
+        (STANDARD_INPUT, "import os\nos.closerange(3, 100)\nprint(sum(map(int, input().split())))", Verdict.CORRECT),
+        (STANDARD_INPUT, "def f(x: List[int]): pass\nprint(sum(map(int, input().split())))", Verdict.INCORRECT),
         (STANDARD_INPUT, "print(3)\nraise SystemExit(1)", Verdict.INCORRECT),
         (FUNCTION, "class Solution:\n    def extend(self, l, x): return l + [x]", Verdict.CORRECT),
         (FUNCTION, "def extend(l, x): return l", Verdict.INCORRECT),
@@ -116,6 +129,9 @@ def own(set_owner):
     fcntl.fcntl(pipe, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
     other.send(b"a signal to the owner")
 
+def datagrams():
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+
 def signal_by_pipe():
     reader, writer = os.pipe()
     fcntl.fcntl(reader, fcntl.F_SETOWN, FOREIGN)
@@ -134,6 +150,9 @@ attempts = {
     "run": lambda: subprocess.run(["/bin/true"]),
     "exec": lambda: os.execv("/bin/true", ["true"]),
     "socket": socket.socket,
+    "send": lambda: datagrams()[0].sendto(b"out", SOCKET),
+    "send a message": lambda: datagrams()[0].sendmsg([b"out"], [], 0, SOCKET),
+    "bind": lambda: datagrams()[0].bind(TARGET + "-new"),
     "signal the parent": lambda: os.kill(os.getppid(), 0),
     "signal everybody": lambda: os.kill(-1, 0),
     "limit the parent": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE, (0, 0)),
@@ -151,6 +170,8 @@ attempts = {
     "times": lambda: os.utime(TARGET),
     "host name": lambda: socket.sethostname("softgrpo-test"),
 }
+left, right = socket.socketpair()
+left.send(b"inside"), left.sendall(b"inside")  # asyncio does so
 allowed = [name for name, action in attempts.items() if not refused(action)]
 libc = ctypes.CDLL(None, use_errno=True)
 for name, number in {"io_uring": 425, "pidfd_open": 434, "openat2": 437}.items():
@@ -165,17 +186,19 @@ def test_what_a_program_may_not_do(tmp_path: Path, use_namespaces: bool) -> None
     target = tmp_path / "file"
     target.write_text("kept")
     sandbox = Sandbox(Limits(MEMORY_MB, 10.0), use_namespaces=use_namespaces)
-    neighbour = subprocess.Popen(["sleep", "60"])
+    neighbour, listens = subprocess.Popen(["sleep", "60"]), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        program = f"TARGET, FOREIGN = {str(target)!r}, {neighbour.pid}\n{ATTEMPTS}"
+        listens.bind(str(tmp_path / "s"))
+        program = f"TARGET, SOCKET, FOREIGN = {str(target)!r}, {str(tmp_path / 's')!r}, {neighbour.pid}\n{ATTEMPTS}"
         gold = {"test_list": ["assert not allowed, allowed", "import decimal, threading", "t = threading.Thread()"]}
         gold["test_list"] += ["t.start(); t.join()", "import json.tool, numpy"]
         outcome = sandbox.submit(Job({"task": "code", "program": program, "gold": gold}, confined=True)).result(60)
         assert outcome.verdict is Verdict.CORRECT, outcome
-        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "s"]
         assert neighbour.poll() is None
     finally:
         sandbox.close()
+        listens.close()
         neighbour.kill()
         neighbour.wait()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from reward import children
 from reward.children import Child
 from reward.confinement import Limits
 from reward.extraction import Answer
@@ -298,3 +299,49 @@ def test_waiting_for_a_cpu_counts_for_all_below_a_child() -> None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(WAIT_S)
         assert child.waited_s() == 0.0
+
+
+def test_where_namespaces_cannot_be_entered_programs_run_behind_the_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where `unshare` works and mapping the user does not."""
+    without = (
+        "import reward.confinement, reward.fork_server as server; "
+        "server._has_namespaces = lambda: False; reward.confinement.enter_namespaces = None; "
+    )
+    monkeypatch.setattr(
+        children, "_BOOTSTRAP", children._BOOTSTRAP.replace("from reward.fork", without + "from reward.fork")
+    )
+    sandbox = Sandbox(Limits(MEMORY_MB, 30.0), use_namespaces=True)
+    try:
+        assert "namespaces" not in sandbox.isolation
+        program = Job({"task": "code", "program": "x = 1", "gold": {"test_list": ["assert x == 1"]}}, True)
+        assert ask(sandbox, program).verdict is Verdict.CORRECT
+    finally:
+        sandbox.close()
+
+
+def test_what_a_killed_child_leaves_behind_is_reaped() -> None:
+    """PID 1 of a container may reap nothing."""
+    code = """
+import os, signal, time
+from reward import confinement, fork_server
+confinement.adopt_orphans()
+reader, writer = os.pipe()
+child = os.fork()
+if child == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.write(writer, b"x")
+    time.sleep(60)
+os.read(reader, 1)
+fork_server._kill_group(child)
+deadline = time.monotonic() + 30
+while not fork_server._reaped(child):
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+try:
+    raise AssertionError(f"left: {os.waitpid(-1, os.WNOHANG)}")
+except ChildProcessError:
+    pass
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
