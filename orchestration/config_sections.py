@@ -256,8 +256,10 @@ class LearnerConfig(Section):
     micro_batch_tokens: Annotated[int, Field(ge=16)] = 16384
     """Token budget of one packed forward pass; a longer sequence gets a pass of its own."""
     differentiate_soft_inputs: bool = False
+    """The embedding table learns from the mixtures too; with `lora_rank` it is frozen, and nothing changes."""
     lora_rank: Annotated[int, Field(ge=1)] | None = None
     collective_timeout_s: Seconds = 600.0
+    """Of one collective of the ranks, those of gradients and ZeRO included; all wait for the last to load the model."""
     startup_timeout_s: Seconds = 600.0
     step_timeout_s: Seconds = 3600.0
 
